@@ -1,0 +1,62 @@
+"""Ready-made random inputs for a model, from its declared input types and shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+
+from hantc.core.errors import ModelError
+
+Array = np.ndarray[Any, Any]
+
+
+def input_dims(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+    """Dims of every real graph input (initializers left out); a symbolic dim is its name, an unknown one ""."""
+    constants = {i.name for i in model.graph.initializer}
+    dims: dict[str, list[int | str]] = {}
+    for value in model.graph.input:
+        if value.name not in constants:
+            shape = value.type.tensor_type.shape.dim
+            dims[value.name] = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in shape]
+    return dims
+
+
+def random_feeds(model: onnx.ModelProto, batch: int, seed: int = 0) -> dict[str, Array]:
+    """One random feed per graph input: standard normal floats, integers and booleans in {0, 1}.
+
+    A symbolic first dim becomes `batch`, and so does any other dim of the same name. ModelError names any
+    other symbolic dim, since a latency at an invented resolution would say nothing.
+    """
+    rng = np.random.default_rng(seed)
+    dims = input_dims(model)
+    batch_names = {d[0] for d in dims.values() if d and isinstance(d[0], str) and d[0]}
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
+    feeds: dict[str, Array] = {}
+    for name, shape in dims.items():
+        fixed = []
+        for axis, dim in enumerate(shape):
+            if isinstance(dim, int):
+                fixed.append(dim)
+            elif axis == 0 or dim in batch_names:
+                fixed.append(batch)
+            else:
+                raise ModelError(
+                    f"input {name!r} has the symbolic dim {dim or '?'!r} at axis {axis}; only the batch may be so",
+                    hint="export the model with a fixed resolution",
+                )
+        feeds[name] = _random(name, types[name], tuple(fixed), rng)
+    return feeds
+
+
+def _random(name: str, elem_type: int, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
+    except KeyError as e:
+        raise ModelError(f"input {name!r} is not a tensor") from e
+    if dtype.kind in "iub":  # small, so that they are valid as indices too
+        return rng.integers(0, 2, size=shape).astype(dtype)
+    if dtype.kind == "f":
+        return rng.standard_normal(shape).astype(dtype)
+    raise ModelError(f"input {name!r} has the type {dtype}, for which no test input can be made")

@@ -1,0 +1,86 @@
+"""The CPU's fingerprint: model, instruction sets that matter for inference, physical cores."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+from hantc.core.types import Device
+
+# what MLAS (ONNX Runtime's kernel library) chooses its kernels by, on x86 and on ARM
+_FLAGS = ("avx2", "avx512", "avx_vnni", "amx", "asimddp", "i8mm", "sve")
+_VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def fingerprint(versions: tuple[tuple[str, str], ...], cpuinfo: str | None = None) -> Device:
+    """This machine's Device, given the engine's library versions. `cpuinfo`: text of /proc/cpuinfo (tests)."""
+    text = read_cpuinfo() if cpuinfo is None else cpuinfo
+    records = parse_cpuinfo(text)
+    first = records[0] if records else {}
+    name = first.get("model name") or platform.processor() or platform.machine()
+    words = (first.get("flags") or first.get("Features") or "").split()
+    flags = tuple(sorted({w for w in words if w.startswith(_FLAGS)}))
+    return Device(cpu=" ".join(name.split()), flags=flags, cores=physical_cores(text), versions=versions)
+
+
+def has_vnni(device: Device) -> bool:
+    """Whether 8-bit products accumulate in 32 bits in one instruction (x86)."""
+    return any(f in _VNNI for f in device.flags)
+
+
+def needs_reduced_range(device: Device) -> bool:
+    """Whether INT8 weights must keep to 7 bits: x86 without VNNI adds pairs of u8·s8 products in saturating
+    16 bits (`vpmaddubsw`), so full-range weights give wrong sums. ARM kernels do not saturate."""
+    return platform.machine().lower() in ("x86_64", "amd64", "i686") and not has_vnni(device)
+
+
+def physical_cores(cpuinfo: str | None = None, allowed: frozenset[int] | None = None) -> int:
+    """Physical cores that this process may use: distinct (physical id, core id) pairs among the processors of
+    its affinity mask, and not more than its cgroup's CPU quota. At least 1."""
+    allowed = _affinity() if allowed is None else allowed
+    pairs = set()
+    for record in parse_cpuinfo(read_cpuinfo() if cpuinfo is None else cpuinfo):
+        number = int(record["processor"])
+        if number in allowed:
+            # some virtual machines and ARM give no core ids: then every processor counts
+            pairs.add((record.get("physical id", "0"), record.get("core id", f"p{number}")))
+    count = len(pairs) or len(allowed)
+    return max(1, min(count, _cgroup_cpus(Path("/sys/fs/cgroup/cpu.max")) or count))
+
+
+def parse_cpuinfo(text: str) -> list[dict[str, str]]:
+    """One dict per logical processor of /proc/cpuinfo's text."""
+    records = []
+    for block in text.split("\n\n"):
+        pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+        record = {k.strip(): v.strip() for k, v in pairs}
+        if record.get("processor", "").isdigit():
+            records.append(record)
+    return records
+
+
+@cache
+def read_cpuinfo() -> str:
+    """Text of /proc/cpuinfo, or "" where there is none."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _affinity() -> frozenset[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def _cgroup_cpus(path: Path) -> int | None:
+    """Whole CPUs of a cgroup v2 quota ("200000 100000" → 2), None without one."""
+    try:
+        quota, period = path.read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""A roofline model: predicts latencies without running anything."""

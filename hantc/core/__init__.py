@@ -1,0 +1,1 @@
+"""Types, configuration, errors, the pass and backend interfaces, the store: knows no torch graph."""

@@ -1,0 +1,110 @@
+"""What the user asked for, validated; and what each effort level spends."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from hantc.core.errors import UsageError
+
+Effort = Literal["quick", "standard", "thorough"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A latency budget: a fraction of the teacher's latency, or milliseconds."""
+
+    fraction: float | None = None
+    ms: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`0.5` → half the teacher's latency; `8ms` → eight milliseconds. UsageError otherwise."""
+        m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|%)?\s*", text)
+        if not m or float(m.group(1)) <= 0:
+            raise UsageError(f"--budget {text!r} is not a budget", hint="write a fraction (0.5) or a latency (8ms)")
+        value = float(m.group(1))
+        if m.group(2) == "ms":
+            return cls(ms=value)
+        value = value / 100 if m.group(2) == "%" else value
+        if value > 1:
+            raise UsageError(f"--budget {text!r} is more than the teacher's own latency", hint="for 8 milliseconds write 8ms")
+        return cls(fraction=value)
+
+    def in_ms(self, teacher_ms: float) -> float:
+        """The budget in milliseconds, given the teacher's latency."""
+        return self.ms if self.ms is not None else (self.fraction or 1.0) * teacher_ms
+
+
+def parse_duration(text: str) -> float:
+    """`30m`, `90s`, `1h`, `1h30m` or plain seconds → seconds. UsageError otherwise."""
+    m = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m)?\s*(?:(\d+(?:\.\d+)?)s?)?\s*", text)
+    if not m or not any(m.groups()):
+        raise UsageError(f"--time-limit {text!r} is not a duration", hint="write 30m, 90s or 1h30m")
+    h, mi, s = (float(g or 0) for g in m.groups())
+    return h * 3600 + mi * 60 + s
+
+
+def parse_drop(text: str) -> float:
+    """`0.5%` or `0.5` → 0.5 points of accuracy. UsageError otherwise."""
+    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%?\s*", text)
+    if not m:
+        raise UsageError(f"--max-drop {text!r} is not a number of points", hint="write 0.5%")
+    return float(m.group(1))
+
+
+class CompileConfig(BaseModel):
+    """One run of the compiler. Paths are checked where they are used, so that the error can name the stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: Path
+    target: str = "xeon"
+    data: str | None = None
+    val: str | None = None
+    preprocess: str | None = None
+    budget: Budget | None = None
+    max_drop: float | None = None
+    effort: Effort = "standard"
+    time_limit: float | None = Field(default=None, gt=0)  # seconds
+    precision: Literal["auto", "fp32", "int8", "fp16"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
+    lut: Path | None = None
+    out: Path
+    store: Path
+    resume: bool = False
+    seed: int = 0
+
+    @field_validator("model", "out", "store", mode="after")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
+@dataclass(frozen=True)
+class EffortSettings:
+    """What an effort level spends. Times are shares of the time limit."""
+
+    time_limit_s: float
+    per_region: int  # candidates trained per region
+    per_span: int  # candidates trained per span of several regions
+    measured_per_region: int  # candidates measured per region and precision
+    distill_share: float
+    distill_epochs: int  # upper bound
+    solutions: int  # K of the paper
+    finetune_share: float  # of the whole limit; what is left over is used too
+    finetune_epochs: int  # upper bound
+    score_images: int
+    batch_size: int = 64
+
+
+EFFORTS: dict[str, EffortSettings] = {
+    "quick": EffortSettings(480, 3, 1, 12, 0.30, 12, 6, 0.35, 60, 400),
+    "standard": EffortSettings(1500, 4, 2, 16, 0.33, 20, 10, 0.42, 120, 1000),
+    "thorough": EffortSettings(9000, 6, 3, 32, 0.35, 40, 30, 0.45, 200, 2000),
+}

@@ -1,0 +1,247 @@
+"""Frozen records that travel between passes. No torch here: graphs are named, never held."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal
+
+Shape = tuple[int, ...]
+Precision = Literal["fp32", "int8", "fp16"]
+ParamValue = int | float | str | bool
+
+
+def digest(value: Any) -> str:
+    """Stable content hash (32 hex digits) of a JSON-able value or a dataclass: the store's key."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output as the model file declares it; symbolic dims are strings, unknown ones None."""
+
+    name: str
+    dtype: str  # numpy name: "float32", "int64", …
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What of an ONNX file is not in its nodes; survives the round trip. Held in `GraphModule.meta["info"]`."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+    ir_version: int
+    graph_name: str = "graph"
+    producer: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+    domains: tuple[tuple[str, int], ...] = ()  # opset imports beside the default domain
+
+
+@dataclass(frozen=True)
+class Region:
+    """A single-entry single-exit subgraph of the teacher.
+
+    `input` is the fx node whose value enters (outside the region), `output` the last node inside. Shapes
+    are without the batch dim. `atoms` are the smallest regions' indices (position on the main line) that
+    this one covers: a span of two blocks covers both their atoms, so that a selection is an exact cover.
+    """
+
+    name: str
+    kind: str  # stem residual inverted_residual plain_conv dense_layer dense_block downsample attention span
+    input: str
+    output: str
+    nodes: tuple[str, ...]
+    in_shape: Shape
+    out_shape: Shape
+    macs: int
+    params: int
+    atoms: tuple[int, ...]
+    parent: str | None = None
+    final_act: str = ""  # name of the trailing activation ("relu", "silu", …) or ""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A part of the graph that no region covers, or a subgraph that is not a region, and why."""
+
+    where: str
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """Regions in topological order. `n_atoms` atoms are numbered 0…n-1."""
+
+    regions: tuple[Region, ...]
+    rejections: tuple[Rejection, ...]
+    n_atoms: int
+
+    def region(self, name: str) -> Region:
+        """The region called `name`; KeyError if there is none."""
+        for r in self.regions:
+            if r.name == name:
+                return r
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class CandidateSpec:
+    """A replacement operation: its family and the family's hyper-parameters, sorted by name."""
+
+    family: str
+    params: tuple[tuple[str, ParamValue], ...] = ()
+
+    @classmethod
+    def make(cls, family: str, **params: ParamValue) -> CandidateSpec:
+        """Build a spec from keyword hyper-parameters."""
+        return cls(family, tuple(sorted(params.items())))
+
+    @property
+    def name(self) -> str:
+        """Readable and unique: `cb_stack_k3_w0.5`."""
+        return "_".join([self.family, *(f"{k}{v:g}" if isinstance(v, float) else f"{k}{v}" for k, v in self.params)])
+
+    @property
+    def kwargs(self) -> dict[str, ParamValue]:
+        """The hyper-parameters as a dict."""
+        return dict(self.params)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that a candidate must know of the region it replaces. Shapes are (C, H, W) without batch."""
+
+    in_shape: Shape
+    out_shape: Shape
+    final_act: str = ""  # "", relu, relu6, silu, hardswish, leakyrelu, …
+
+    @classmethod
+    def of(cls, region: Region) -> Signature:
+        """The signature of `region`."""
+        return cls(region.in_shape, region.out_shape, region.final_act)
+
+    @property
+    def stride(self) -> int:
+        """Ratio of the resolutions (1 where they are equal)."""
+        if len(self.in_shape) < 2 or len(self.out_shape) < 2:
+            return 1
+        return max(1, round(self.in_shape[1] / self.out_shape[1]))
+
+
+@dataclass(frozen=True)
+class Device:
+    """Fingerprint of the machine on which a figure was measured."""
+
+    cpu: str
+    flags: tuple[str, ...]
+    cores: int
+    versions: tuple[tuple[str, str], ...]  # (library, version)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How to time: warm-up, then `samples` interleaved samples of at least `min_sample_ms` each."""
+
+    threads: int
+    batch: int = 1
+    warmup: int = 3
+    samples: int = 15
+    min_sample_ms: float = 3.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measured latency, in milliseconds per run of the artefact at the protocol's batch."""
+
+    median_ms: float
+    iqr_ms: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one candidate costs at one region's shapes. `predicted` rows come from a model, not a clock."""
+
+    region: str
+    candidate: str
+    precision: str
+    latency_ms: float
+    iqr_ms: float
+    samples: int
+    backend: str
+    device: str  # digest of Device
+    threads: int
+    batch: int
+    macs: int = 0
+    params: int = 0
+    predicted: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """All costs a selection needs. `glue_ms`: what the network costs outside every region (measured teacher
+    minus the sum of its regions). `transitions`: cost of a quantise/dequantise pair on a region border,
+    keyed by the tensor's shape."""
+
+    rows: tuple[CostRow, ...]
+    teacher_ms: float
+    glue_ms: float
+    transitions: tuple[tuple[Shape, float], ...] = ()
+    scale: float = 1.0  # in-network latency over stand-alone latency, fitted on measured networks
+    skipped: tuple[tuple[str, str, str, str], ...] = ()  # region, candidate, precision, reason
+
+    def by_key(self) -> dict[tuple[str, str, str], CostRow]:
+        """Rows by (region, candidate, precision)."""
+        return {(r.region, r.candidate, r.precision): r for r in self.rows}
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """How much the network suffers when one candidate alone is plugged in (search split).
+
+    `score` is the rise of the loss (CE with labels, KL to the teacher without); lower is better, 0 for
+    the teacher. `stderr` is its standard error over images.
+    """
+
+    region: str
+    candidate: str
+    precision: str
+    score: float
+    stderr: float
+    accuracy_drop: float | None  # points
+    agreement: float
+    mse: float  # relative to the variance of the region's output
+    dropped: str = ""  # reason, if the candidate is out
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the plan does with one region."""
+
+    region: str
+    kind: str
+    candidate: str
+    precision: str
+    score: float
+    cost_ms: float
+    teacher_cost_ms: float
+    runner_up: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A selection: one choice per covered region, with what is expected of it."""
+
+    choices: tuple[Choice, ...]
+    predicted_latency_ms: float
+    budget_ms: float
+    predicted_score: float
+    solver: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,134 @@
+"""Convolutions: any rank, groups, dilations, asymmetric padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hantc.core.errors import UnsupportedError
+from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode, array, tensor
+
+
+def explicit_pads(node: OnnxNode, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[int]:
+    """ONNX `pads` (begins then ends) of a node with either `pads` or `auto_pad`; UnsupportedError if
+    `SAME_*` meets an unknown input size."""
+    auto = node.attrs.get("auto_pad", "NOTSET")
+    n = len(kernel)
+    if auto in ("NOTSET", ""):
+        return [int(p) for p in node.attrs.get("pads", [0] * 2 * n)]
+    if auto == "VALID":
+        return [0] * 2 * n
+    shape = node.shape(0)
+    if shape is None or any(not isinstance(d, int) for d in shape[2:]):
+        raise UnsupportedError(f"auto_pad={auto} on an input of unknown size")
+    begins, ends = [], []
+    for size, k, s, d in zip(shape[2:], kernel, strides, dilations, strict=True):
+        assert isinstance(size, int)
+        total = max(0, (math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size)
+        small, large = total // 2, total - total // 2
+        begins.append(small if auto == "SAME_UPPER" else large)
+        ends.append(large if auto == "SAME_UPPER" else small)
+    return begins + ends
+
+
+def torch_pads(pads: Sequence[int]) -> list[int]:
+    """ONNX pads (begins, ends) → `F.pad` order (last dim first)."""
+    n = len(pads) // 2
+    return [p for i in reversed(range(n)) for p in (pads[i], pads[n + i])]
+
+
+class Conv(Leaf):
+    """N-d convolution, NCHW. Default padding keeps ⌈size/stride⌉ (k // 2 on both sides)."""
+
+    ops: ClassVar[tuple[str, ...]] = ("Conv",)
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int | Sequence[int] = 1,
+        stride: int | Sequence[int] = 1,
+        *,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        pads: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+        n = len(self.kernel)
+        self.stride = (stride,) * n if isinstance(stride, int) else tuple(stride)
+        self.dilation = (dilation,) * n if isinstance(dilation, int) else tuple(dilation)
+        same = [d * (k - 1) // 2 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        self.pads = tuple(pads) if pads is not None else tuple(same + same)
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel))
+        # He initialisation: the field's default before a ReLU-like activation
+        nn.init.kaiming_normal_(self.weight, mode="fan_out" if groups == 1 else "fan_in", nonlinearity="relu")
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether padding is the same on both sides of every dim."""
+        n = len(self.kernel)
+        return self.pads[:n] == self.pads[n:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, …) → (N, C', …)."""
+        n = len(self.kernel)
+        if not self.symmetric:
+            x = F.pad(x, torch_pads(self.pads))
+        padding = self.pads[:n] if self.symmetric else (0,) * n
+        op = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n]
+        out: Tensor = op(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return out
+
+    @classmethod
+    def parse(cls, node: OnnxNode) -> Conv:
+        weight = tensor(node.require_const(1, "weight"))
+        bias = tensor(node.require_const(2, "bias")) if node.has(2) else None
+        kernel = list(weight.shape[2:])
+        if len(kernel) not in (1, 2, 3):
+            raise UnsupportedError(f"{len(kernel)}-d convolution")
+        strides = [int(v) for v in node.attrs.get("strides", [1] * len(kernel))]
+        dilations = [int(v) for v in node.attrs.get("dilations", [1] * len(kernel))]
+        groups = int(node.attrs.get("group", 1))
+        pads = explicit_pads(node, kernel, strides, dilations)
+        if min(pads) < 0:
+            raise UnsupportedError("negative padding")
+        leaf = cls(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            kernel,
+            strides,
+            groups=groups,
+            bias=bias is not None,
+            dilation=dilations,
+            pads=pads,
+        )
+        leaf.weight = nn.Parameter(weight)
+        leaf.bias = nn.Parameter(bias) if bias is not None else None
+        return leaf
+
+    def emit(self, e: EmitContext, xs: list[gs.Tensor]) -> gs.Variable:
+        inputs = [xs[0], e.const(array(self.weight), "weight")]
+        if self.bias is not None:
+            inputs.append(e.const(array(self.bias), "bias"))
+        attrs = {
+            "kernel_shape": list(self.kernel),
+            "strides": list(self.stride),
+            "pads": list(self.pads),
+            "dilations": list(self.dilation),
+            "group": self.groups,
+        }
+        return e.node("Conv", inputs, attrs)

@@ -1,0 +1,69 @@
+"""Element-wise operations of two operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from hantc.core.errors import UnsupportedError
+from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode
+
+
+def _div(a: Tensor, b: Tensor) -> Tensor:
+    # ONNX integer division truncates towards zero
+    return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+BINARY: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {"Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": _div, "Pow": torch.pow}
+)
+
+
+class Binary(Leaf):
+    """Broadcasting element-wise `op` of two tensors."""
+
+    ops: ClassVar[tuple[str, ...]] = tuple(BINARY)
+    data = (0, 1)
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Broadcast of a and b."""
+        return BINARY[self.op](a, b)
+
+    @classmethod
+    def parse(cls, node: OnnxNode) -> Binary:
+        if node.opset < 7:
+            raise UnsupportedError(f"{node.op} with the broadcasting of opset {node.opset}")
+        return cls(node.op)
+
+    def emit(self, e: EmitContext, xs: list[gs.Tensor]) -> gs.Variable:
+        return e.node(self.op, xs)
+
+    def extra_repr(self) -> str:
+        return self.op
+
+
+class Add(Binary):
+    """Sum of two tensors (the skip connection of candidates)."""
+
+    ops: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__("Add")
+
+
+class Mul(Binary):
+    """Product of two tensors (the gate of candidates)."""
+
+    ops: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__("Mul")

@@ -1,0 +1,127 @@
+"""INT8 arithmetic imitated in float, for scoring candidates as they will run and for training through it.
+
+The same scheme as the emitted file's: weights per output channel and symmetric (7 bits where the CPU has no
+VNNI), activations per tensor and asymmetric in 8 bits. Rounding passes gradients straight through.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+
+from hantc.dialect.conv import Conv
+from hantc.dialect.elementwise import Binary
+from hantc.dialect.linear import Linear
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def _round(x: Tensor) -> Tensor:
+    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
+    """Symmetric rounding per output channel (dim 0) to `bits` bits."""
+    top = 2 ** (bits - 1) - 1
+    scale = weight.detach().abs().flatten(1).amax(1).clamp_min(1e-12) / top
+    scale = scale.view(-1, *([1] * (weight.dim() - 1)))
+    return _round(weight / scale).clamp(-top, top) * scale
+
+
+class ActivationQuant(nn.Module):
+    """Asymmetric 8-bit rounding of a tensor over the range seen while observing."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.observing = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape; the identity while observing."""
+        if self.observing:
+            self.low = torch.minimum(self.low, x.detach().amin())
+            self.high = torch.maximum(self.high, x.detach().amax())
+            return x
+        scale = ((self.high - self.low) / 255).clamp_min(1e-12)
+        zero = torch.round(-self.low / scale)
+        return (torch.clamp(_round(x / scale) + zero, 0, 255) - zero) * scale
+
+
+class QuantizedProduct(nn.Module):
+    """A convolution or linear leaf with its input and weight rounded. The leaf's parameters stay its own."""
+
+    def __init__(self, leaf: Conv | Linear, bits: int) -> None:
+        super().__init__()
+        self.leaf, self.bits = leaf, bits
+        self.input = ActivationQuant()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the leaf."""
+        x = self.input(x)
+        weight = self.leaf.weight if self.input.observing else quantize_weight(self.leaf.weight, bits=self.bits)
+        out: Tensor = torch.func.functional_call(self.leaf, {"weight": weight}, (x,))
+        return out
+
+
+class QuantizedBinary(nn.Module):
+    """An addition with both operands rounded (the residual sum stays in INT8)."""
+
+    def __init__(self, leaf: Binary) -> None:
+        super().__init__()
+        self.leaf = leaf
+        self.a, self.b = ActivationQuant(), ActivationQuant()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """As the leaf."""
+        out: Tensor = self.leaf(self.a(a), self.b(b))
+        return out
+
+
+def fake_quantize(module: fx.GraphModule, *, reduce_range: bool, share: bool = False) -> fx.GraphModule:
+    """A copy of a graph of leaves with rounded products and sums (`share`: of the graph, on the same leaves).
+    Norms should be folded before. It observes ranges until `calibrated` has run."""
+    made = fx.GraphModule(module, copy.deepcopy(module.graph)) if share else copy.deepcopy(module)
+    bits = 7 if reduce_range else 8
+    for node in made.graph.nodes:
+        if node.op != "call_module":
+            continue
+        leaf = made.get_submodule(str(node.target))
+        wrapped: nn.Module | None = None
+        if isinstance(leaf, (Conv, Linear)):
+            wrapped = QuantizedProduct(leaf, bits)
+        elif isinstance(leaf, Binary) and leaf.op == "Add" and len(node.all_input_nodes) == 2:
+            wrapped = QuantizedBinary(leaf)
+        if wrapped is not None:
+            owner, _, name = str(node.target).rpartition(".")
+            setattr(made.get_submodule(owner), name, wrapped)
+    return made
+
+
+@contextmanager
+def observing(module: nn.Module) -> Iterator[None]:
+    """While inside, forward passes record ranges; afterwards they round."""
+    quants = [m for m in module.modules() if isinstance(m, ActivationQuant)]
+    for q in quants:
+        q.observing = True
+    try:
+        yield
+    finally:
+        for q in quants:
+            q.observing = False

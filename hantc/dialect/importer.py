@@ -1,0 +1,289 @@
+"""ONNX → `torch.fx.GraphModule` of leaf operations."""
+
+from __future__ import annotations
+
+import itertools
+import keyword
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx.shape_inference
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+from onnx import ModelProto, NodeProto, numpy_helper
+from torch import fx, nn
+
+from hantc.core.errors import HantcError, ModelError, UnsupportedError
+from hantc.core.types import ModelInfo, TensorSpec
+from hantc.dialect.fold_shapes import fold_shapes
+from hantc.dialect.graph import tidy
+from hantc.dialect.leaf import Array, Dim, Leaf, OnnxNode, attributes, tensor
+from hantc.dialect.opaque import Opaque, captured
+from hantc.dialect.registry import parse
+
+
+def load_onnx(path: str | Path) -> ModelProto:
+    """Read a model file. ModelError names the file where it is missing, truncated or no ONNX model."""
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError("no such file", where=str(path), hint="give the path of an .onnx file")
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf and onnx raise unrelated types on broken files
+        raise ModelError(
+            f"not a readable ONNX file ({type(error).__name__})", where=str(path), hint="is the file whole?"
+        ) from error
+    if not model.graph.node or not model.graph.output or not model.opset_import:
+        raise ModelError("not an ONNX model: it has no graph", where=str(path), hint="is the file whole?")
+    return model
+
+
+def _dims(value: onnx.ValueInfoProto) -> tuple[Dim, ...]:
+    dims: list[Dim] = []
+    for d in value.type.tensor_type.shape.dim:
+        dims.append(d.dim_value if d.HasField("dim_value") else (d.dim_param or None))
+    return tuple(dims)
+
+
+def _ranked(value: onnx.ValueInfoProto) -> bool:
+    return bool(value.type.tensor_type.HasField("shape"))
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    if value.type.WhichOneof("value") not in ("tensor_type", None):
+        raise ModelError(
+            f"{value.name!r} is a {value.type.WhichOneof('value')}, not a tensor", hint="cut it off the exported graph"
+        )
+    kind = value.type.tensor_type.elem_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind).name if kind else "float32"
+    return TensorSpec(value.name, dtype, _dims(value))
+
+
+def model_info(model: ModelProto) -> ModelInfo:
+    """What must survive the round trip beside the nodes. ModelError for inputs or outputs that are no tensors."""
+    weights = {i.name for i in model.graph.initializer}
+    opsets = {i.domain: i.version for i in model.opset_import}
+    versions = [v for v in (opsets.pop("", 0), opsets.pop("ai.onnx", 0)) if v]
+    return ModelInfo(
+        inputs=tuple(_spec(i) for i in model.graph.input if i.name not in weights),
+        outputs=tuple(_spec(o) for o in model.graph.output),
+        opset=max(versions, default=13),
+        ir_version=model.ir_version,
+        graph_name=model.graph.name or "graph",
+        producer=model.producer_name,
+        metadata=tuple((p.key, p.value) for p in model.metadata_props),
+        domains=tuple(sorted(opsets.items())),
+    )
+
+
+def clean(model: ModelProto) -> ModelProto:
+    """Fold constants and shape computations, drop dead nodes, sort, infer shapes."""
+    ort.set_default_logger_severity(4)  # graphsurgeon folds through ONNX Runtime, whose remarks help nobody
+    try:
+        graph = gs.import_onnx(model)
+        graph.fold_constants(error_ok=True)
+        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        cleaned: ModelProto = gs.export_onnx(graph, do_type_check=False)
+    except Exception:  # graphsurgeon gives up on rare graphs; the importer works on the raw ones too
+        cleaned = model
+    finally:
+        ort.set_default_logger_severity(2)
+    try:
+        return onnx.shape_inference.infer_shapes(cleaned, data_prop=True)
+    except Exception:  # a node that inference rejects may still run: its leaf becomes opaque
+        return cleaned
+
+
+@dataclass
+class _Build:
+    """State of one import."""
+
+    graph: fx.Graph
+    root: nn.Module
+    constants: dict[str, Array]
+    shapes: dict[str, tuple[Dim, ...]]
+    used: frozenset[str]  # tensors that a node or the outside needs
+    opset: int
+    opsets: Mapping[str, int]
+    env: dict[str, fx.Node] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def fresh(self, stem: str) -> str:
+        n = self.counts.get(stem, 0)
+        self.counts[stem] = n + 1
+        return f"{stem}_{n}"
+
+    def placeholder(self, name: str) -> None:
+        """A graph input, under a name that Python takes as a parameter's and that no other input has."""
+        stem = re.sub(r"\W", "_", name).strip("_")
+        if not stem.isidentifier() or keyword.iskeyword(stem):
+            stem = f"input_{stem}".strip("_")
+        taken = {n.target for n in self.env.values()}
+        self.env[name] = self.graph.placeholder(next(s for s in _numbered(stem) if s not in taken))
+
+    def value(self, name: str) -> fx.Node:
+        """The fx node holding ONNX tensor `name`; constants become buffers."""
+        if name not in self.env:
+            if name not in self.constants:
+                raise ModelError(f"tensor {name!r} is used but never made", hint="is the model file whole?")
+            target = self.fresh("const")
+            self.root.register_buffer(target, tensor(self.constants[name]))
+            self.env[name] = self.graph.create_node("get_attr", target, name=target)
+        return self.env[name]
+
+    def alias(self, name: str, source: str) -> None:
+        """Make ONNX tensor `name` another name of `source`."""
+        if source in self.constants:
+            self.constants[name] = self.constants[source]
+        if source in self.env or source not in self.constants:
+            self.env[name] = self.value(source)
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem
+    yield from (f"{stem}_{n}" for n in itertools.count(1))
+
+
+def _constant(node: NodeProto) -> Array | None:
+    """The value of a Constant node (graphsurgeon folds most of them); None where it is of a rare kind."""
+    values = attributes(node)
+    if "value" in values:
+        return numpy_helper.to_array(values["value"])
+    for key, dtype in (("float", np.float32), ("int", np.int64)):
+        for name in (f"value_{key}", f"value_{key}s"):
+            if name in values:
+                return np.array(values[name], dtype)
+    return None
+
+
+def _passes_through(b: _Build, node: NodeProto) -> bool:
+    """Whether the node returns its first input as it is: Identity, or Dropout outside training."""
+    if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
+        training = b.constants.get(node.input[2])
+        return training is not None and not training.any()
+    return node.op_type in ("Identity", "Dropout")
+
+
+def _native(b: _Build, node: NodeProto, outputs: tuple[str, ...]) -> tuple[Leaf, list[fx.Node]]:
+    if node.domain not in ("", "ai.onnx"):
+        raise UnsupportedError(f"operator of domain {node.domain}")
+    view = OnnxNode(node.op_type, attributes(node), b.opset, tuple(node.input), b.constants, b.shapes, outputs)
+    leaf = parse(view)
+    return leaf, [b.value(node.input[i]) for i in leaf.data]
+
+
+def _opaque(b: _Build, node: NodeProto, error: Exception) -> tuple[Leaf, list[fx.Node]]:
+    names = [n for n in dict.fromkeys([*node.input, *captured(node)]) if n]
+    data = tuple(n for n in names if n not in b.constants)
+    fixed = {n: b.constants[n] for n in names if n in b.constants}
+    reason = error.message if isinstance(error, HantcError) else f"{type(error).__name__}: {error}"
+    return Opaque(node, data, fixed, b.opsets, reason), [b.value(n) for n in data]
+
+
+def _add(b: _Build, node: NodeProto) -> None:
+    used = tuple(o for o in node.output if o in b.used)
+    if not used:
+        return
+    if node.domain in ("", "ai.onnx"):
+        if used == (node.output[0],) and _passes_through(b, node):
+            b.alias(used[0], node.input[0])
+            return
+        value = _constant(node) if node.op_type == "Constant" else None
+        if value is not None:
+            b.constants[used[0]] = value
+            return
+    try:
+        leaf, args = _native(b, node, used)
+        outputs = used
+    except (UnsupportedError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        leaf, args = _opaque(b, node, error)
+        outputs = tuple(o for o in node.output if o)
+    target = b.fresh(re.sub(r"\W", "_", node.op_type).lower())
+    b.root.add_module(target, leaf)
+    made = b.graph.create_node("call_module", target, tuple(args), name=target)
+    made.meta["onnx_name"] = node.name
+    if len(outputs) == 1:
+        b.env[outputs[0]] = made
+    else:
+        for i, out in enumerate(outputs):
+            b.env[out] = b.graph.call_function(operator.getitem, (made, i))
+
+
+def _begin(cleaned: ModelProto, info: ModelInfo) -> _Build:
+    values = [*cleaned.graph.value_info, *cleaned.graph.input, *cleaned.graph.output]
+    needed = {o.name for o in cleaned.graph.output}
+    for node in cleaned.graph.node:
+        needed.update(node.input, captured(node))
+    constants: dict[str, Array] = {}
+    for weight in cleaned.graph.initializer:
+        try:
+            constants[weight.name] = numpy_helper.to_array(weight)
+        except Exception as error:  # wrong length, unknown type: numpy and onnx raise unrelated types
+            raise ModelError(
+                f"weight {weight.name!r} cannot be read: {error}", hint="is the model file whole?"
+            ) from error
+    shapes: dict[str, tuple[Dim, ...]] = {v.name: _dims(v) for v in values if _ranked(v)}
+    return _Build(
+        graph=fx.Graph(),
+        root=nn.Module(),
+        constants=constants,
+        shapes=shapes | {k: tuple(v.shape) for k, v in constants.items()},
+        used=frozenset(needed - {""}),
+        opset=info.opset,
+        opsets={"": info.opset, **dict(info.domains)},
+    )
+
+
+def _with_shapes(model: ModelProto, info: ModelInfo, b: _Build) -> tuple[ModelInfo, tuple[str, ...]]:
+    """Outputs that the file declares without a shape get the inferred one; the second result names those
+    whose rank stays unknown."""
+    bare = {o.name for o in model.graph.output if not _ranked(o)}
+    outputs = tuple(replace(o, shape=b.shapes.get(o.name, ())) if o.name in bare else o for o in info.outputs)
+    return replace(info, outputs=outputs), tuple(sorted(n for n in bare if n not in b.shapes))
+
+
+def _build(model: ModelProto) -> fx.GraphModule:
+    info = model_info(model)
+    for spec in info.inputs:
+        if any(isinstance(d, int) and d < 0 for d in spec.shape):
+            raise ModelError(f"input {spec.name!r} declares a negative size")
+    cleaned = clean(model)
+    b = _begin(cleaned, info)
+    info, unranked = _with_shapes(model, info, b)
+    for spec in info.inputs:
+        b.placeholder(spec.name)
+    for node in cleaned.graph.node:
+        _add(b, node)
+    results = tuple(b.value(o.name) for o in info.outputs)
+    b.graph.output(results[0] if len(results) == 1 else results)
+    module = fx.GraphModule(b.root, b.graph)
+    module.meta["info"] = info
+    if unranked:
+        module.meta["unranked"] = unranked
+    return module
+
+
+def import_model(model: ModelProto, *, where: str = "model") -> fx.GraphModule:
+    """Build the fx graph of a model. Never gives up on an operator: what the dialect does not know becomes
+    an opaque leaf. ModelError where the graph itself is broken."""
+    try:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        module = _build(model)
+    except ModelError as error:
+        raise ModelError(error.message, where=where, hint=error.hint) from error
+    module.eval()
+    fold_shapes(module)
+    tidy(module)
+    return module
+
+
+def import_file(path: str | Path) -> fx.GraphModule:
+    """`import_model` of a file."""
+    return import_model(load_onnx(path), where=str(path))

@@ -1,0 +1,1 @@
+"""Named exact rewrites of graphs of leaves."""

@@ -1,0 +1,95 @@
+"""Two convolutions in a row without an activation between, merged into one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from hantc.dialect.conv import Conv
+from hantc.dialect.graph import leaf_of
+from hantc.dialect.rewrites.base import Lazy, Log, Outcome, calls, shared, sole_user, swap
+from hantc.dialect.rewrites.fold_norm import rebuilt
+
+
+def _pointwise(conv: Conv) -> bool:
+    return math.prod(conv.kernel) == 1
+
+
+def _plain_first(first: Conv, second: Conv) -> str:
+    """Why pointwise `first` and `second` cannot become one; "" if they can."""
+    if any(s != 1 for s in first.stride):
+        return "the pointwise convolution skips pixels"
+    if any(first.pads):
+        return "the pointwise convolution pads"
+    if any(second.pads) and first.bias is not None and bool(first.bias.any()):
+        return "the second pads with zeros, where the first would give its bias"
+    return ""
+
+
+def _why_not(gm: fx.GraphModule, a: fx.Node, b: fx.Node, first: Conv, second: Conv) -> str:
+    if len(a.users) > 1:
+        return f"the value of {a.name} is used elsewhere too"
+    if shared(gm, a) or shared(gm, b):
+        return "their weights are used elsewhere too"
+    if first.groups != 1 or second.groups != 1:
+        return "a grouped convolution would lose its groups"
+    if _pointwise(second) and not any(second.pads):
+        return ""
+    if _pointwise(first):
+        return _plain_first(first, second)
+    return "neither is a plain pointwise convolution"
+
+
+def _merged(first: Conv, second: Conv) -> Conv:
+    """One convolution for both (which `_why_not` has let pass)."""
+    w1, w2 = first.weight.detach().double(), second.weight.detach().double()
+    bias: Tensor | None = None
+    if first.bias is not None or second.bias is not None:
+        b1 = first.bias.detach().double() if first.bias is not None else w1.new_zeros(w1.shape[0])
+        b2 = second.bias.detach().double() if second.bias is not None else w2.new_zeros(w2.shape[0])
+        bias = b2 + w2.flatten(2).sum(2) @ b1
+    if _pointwise(second) and not any(second.pads):
+        weight = torch.einsum("om,mi...->oi...", w2.flatten(1), w1)
+        stride = tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True))
+        made = rebuilt(first, weight, bias, stride=stride)
+    else:
+        weight = torch.einsum("om...,mi->oi...", w2, w1.flatten(1))
+        made = rebuilt(second, weight, bias)
+    assert isinstance(made, Conv)
+    return made
+
+
+class MergeConvs:
+    """k×k and 1×1 convolutions (either order) → one k×k, where that takes no more arithmetic."""
+
+    name = "merge_convs"
+
+    def apply(self, gm: fx.GraphModule) -> Outcome:
+        """Merge every such pair, first ones first."""
+        log, lazy = Log(self.name), Lazy(gm)
+        for a, _ in calls(gm, Conv):
+            b = sole_user(a) or next((u for u in a.users if isinstance(leaf_of(gm, u), Conv)), None)
+            first, second = leaf_of(gm, a), leaf_of(gm, b) if b is not None else None
+            if b is None or not isinstance(first, Conv) or not isinstance(second, Conv):
+                continue
+            reason = _why_not(gm, a, b, first, second)
+            if reason:
+                log.miss(reason, a, b)
+                continue
+            before, after = lazy.shape(a), lazy.shape(b)
+            if before is None or after is None:
+                log.miss("sizes are unknown, so whether merging saves arithmetic is too", a, b)
+                continue
+            merged = _merged(first, second)
+            old = math.prod(before[2:]) * first.weight.numel() + math.prod(after[2:]) * second.weight.numel()
+            new = math.prod(after[2:]) * merged.weight.numel()
+            if new > old:
+                log.miss(f"one convolution would take {new:,} multiply-accumulates, the two take {old:,}", a, b)
+                continue
+            log.did(f"merged into {b.name}: {old:,} → {new:,} multiply-accumulates", a, b)
+            swap(gm, b, merged)
+            b.args = a.args
+            gm.graph.erase_node(a)
+        return log.outcome

@@ -1,0 +1,24 @@
+"""All rewrites, in the order in which they run."""
+
+from __future__ import annotations
+
+from hantc.dialect.rewrites.base import Rewrite
+from hantc.dialect.rewrites.drop_noops import DropNoops
+from hantc.dialect.rewrites.fold_norm import FoldAffine, FoldNorm
+from hantc.dialect.rewrites.fold_pad import FoldPad
+from hantc.dialect.rewrites.fuse_act import ClipToRelu, FuseHardSwish, FuseSilu
+from hantc.dialect.rewrites.global_pool import MakeGlobalPool
+from hantc.dialect.rewrites.merge_convs import MergeConvs
+
+# What clears the way comes first: a no-op between a convolution and its norm would keep them apart.
+REWRITES: tuple[Rewrite, ...] = (
+    DropNoops(),
+    ClipToRelu(),
+    FuseSilu(),
+    FuseHardSwish(),
+    MakeGlobalPool(),
+    FoldPad(),
+    FoldNorm(),
+    FoldAffine(),
+    MergeConvs(),
+)

@@ -1,0 +1,41 @@
+"""The torch front door: a module is exported to ONNX once, and then takes the same road as a file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from hantc.core.errors import ModelError
+
+
+def export_module(module: nn.Module, example: Tensor) -> ModelProto:
+    """Export a module in evaluation mode with a dynamic batch; ModelError with torch's reason otherwise.
+
+    `example`: (1, …), float. The module's mode is restored.
+    """
+    training = module.training
+    module.eval()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            torch.onnx.export(
+                module,
+                (example,),
+                str(path),
+                input_names=["input"],
+                output_names=["output"],
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+            return onnx.load(str(path))
+    except Exception as error:  # the exporter raises many unrelated types
+        raise ModelError(f"torch.onnx.export cannot export it: {error}", where=type(module).__name__) from error
+    finally:
+        module.train(training)

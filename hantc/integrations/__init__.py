@@ -1,0 +1,1 @@
+"""hantc inside other toolchains."""

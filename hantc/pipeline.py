@@ -1,0 +1,110 @@
+"""The compiler, whole: an ordered list of passes from an ONNX model to a verified faster one.
+
+Each pass takes the state and returns a new one. The runner below checks what passes require and ensure,
+times them, lints and dumps graphs, and knows nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from hantc.core.atomic import write_text
+from hantc.core.errors import HantcError
+from hantc.core.pass_api import Pass
+from hantc.passes.cost import Cost
+from hantc.passes.distill import Distill
+from hantc.passes.emit import Emit
+from hantc.passes.finetune import Finetune
+from hantc.passes.load import Load
+from hantc.passes.match import Match
+from hantc.passes.normalize import Normalize
+from hantc.passes.propose import Propose
+from hantc.passes.rewrite import Rewrite
+from hantc.passes.score import Score
+from hantc.passes.select import Select
+from hantc.passes.state import Context, State
+from hantc.passes.verify import Verify
+
+Passes = Sequence[Pass[State, Context]]
+
+PROFILE: Passes = (
+    Load(),  # ONNX model -> imported teacher
+    Normalize(),  # imported teacher -> canonical network, exactly equal
+    Match(),  # network -> regions
+    Propose(),  # regions -> candidate operations
+    Cost(),  # candidates -> latency table
+)
+
+COMPILE: Passes = (
+    *PROFILE,
+    Distill(),  # latency table -> trained candidates
+    Score(),  # trained candidates -> scores
+    Select(),  # scores and costs -> plan
+    Rewrite(),  # plan -> student
+    Finetune(),  # student -> student trained as a whole
+    Emit(),  # student -> ONNX model
+    Verify(),  # ONNX model -> summary
+)
+
+
+def run_passes(passes: Passes, state: State, ctx: Context) -> tuple[State, Mapping[str, float]]:
+    """Run passes in order; returns the last state and the seconds each took."""
+    timings: dict[str, float] = {}
+    for i, step in enumerate(passes):
+        _demand(state, step.requires, f"{step.name} requires")
+        ctx.reporter.event("begin", stage=step.name)
+        started = time.monotonic()
+        before = state
+        try:
+            state = step.call(state, ctx)
+        except HantcError as error:
+            error.where = error.where or step.name
+            raise
+        timings[step.name] = time.monotonic() - started
+        ctx.reporter.event("end", stage=step.name, seconds=timings[step.name])
+        _demand(state, step.ensures, f"{step.name} promised")
+        _dump(f"{i:02d}_{step.name}", before, state, ctx)
+    return state, timings
+
+
+def _demand(state: State, fields: Sequence[str], who: str) -> None:
+    for field in fields:
+        if getattr(state, field) is None:
+            raise HantcError(f"{who} {field!r}, which is missing", where="pipeline")
+
+
+def _dump(name: str, before: State, after: State, ctx: Context) -> None:
+    """Lint every graph that a pass made and write it as readable text."""
+    for field in ("teacher", "network", "student"):
+        graph: Any = getattr(after, field)
+        if isinstance(graph, fx.GraphModule) and graph is not getattr(before, field):
+            graph.graph.lint()
+            folder = ctx.out / "graphs"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / f"{name}_{field}.txt", describe(graph))
+
+
+def describe(module: fx.GraphModule) -> str:
+    """A graph as text: one line a node, with its module and the modules of nested graphs indented."""
+    lines: list[str] = []
+
+    def walk(graph: fx.GraphModule, indent: str) -> None:
+        for node in graph.graph.nodes:
+            inputs = ", ".join(n.name for n in node.all_input_nodes)
+            if node.op != "call_module":
+                lines.append(f"{indent}{node.name} = {node.op}({inputs})")
+                continue
+            leaf = graph.get_submodule(str(node.target))
+            if isinstance(leaf, fx.GraphModule):
+                lines.append(f"{indent}{node.name} = region({inputs}):")
+                walk(leaf, indent + "    ")
+            else:
+                shape = [tuple(p.shape) for p in leaf.parameters(recurse=False)]
+                lines.append(f"{indent}{node.name} = {type(leaf).__name__}({inputs}) {leaf.extra_repr()} {shape or ''}".rstrip())
+
+    walk(module, "")
+    return "\n".join(lines) + "\n"

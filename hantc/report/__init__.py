@@ -1,0 +1,1 @@
+"""What a run leaves for people: `summary.json`, terminal tables and `report.html`."""

@@ -1,0 +1,32 @@
+"""The matcher's findings for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hantc.core.types import MatchResult
+from hantc.report.text import clean, fmt_count
+
+
+def regions_table(found: MatchResult) -> RenderableType:
+    """Regions with kinds, shapes, sizes and nesting; then what is no region, and why."""
+    table = Table(
+        "region", "kind", "input", "output", "MACs", "params", "ops", "part of", title=f"{len(found.regions)} regions"
+    )
+    for r in found.regions:
+        table.add_row(
+            Text(clean(r.name)),
+            r.kind,
+            "×".join(map(str, r.in_shape)),
+            "×".join(map(str, r.out_shape)),
+            fmt_count(r.macs),
+            fmt_count(r.params),
+            str(len(r.nodes)),
+            r.parent or "",
+        )
+    rest = Table("cannot be replaced", "why", title="the rest")
+    for j in found.rejections:
+        rest.add_row(Text(clean(j.where)), Text(clean(j.reason)))
+    return Group(table, rest) if found.rejections else table

@@ -1,0 +1,1 @@
+"""Selection as pure numbers: integer program, diversity, Pareto fronts, baselines. Knows no torch."""

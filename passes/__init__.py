@@ -1,0 +1,1 @@
+"""The compiler's passes; `hantc.pipeline` lists them in order."""

@@ -1,0 +1,90 @@
+"""A selection made real: the student network, its ONNX form, its quantised form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto
+from torch import fx
+
+from hantc.core.backend_api import Feeds
+from hantc.core.types import CandidateSpec, Choice
+from hantc.data.dataset import Dataset
+from hantc.dialect.emitter import emit
+from hantc.dialect.fakequant import fake_quantize
+from hantc.dialect.qdq import MIN_OPSET, QuantSpec, quantize
+from hantc.passes.plug import replace_regions, teacher_part, trained
+from hantc.passes.state import Context, State
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Which regions become what: (region, candidate, precision) for every region of a selection."""
+
+    picks: tuple[tuple[str, str, str], ...]
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice]) -> Blueprint:
+        """The blueprint of a plan's choices."""
+        return cls(tuple((c.region, c.candidate, c.precision) for c in choices))
+
+    @property
+    def int8(self) -> tuple[str, ...]:
+        """Names of the regions in INT8."""
+        return tuple(r for r, _, p in self.picks if p == "int8")
+
+
+def build_student(state: State, blueprint: Blueprint, specs: Mapping[str, CandidateSpec]) -> fx.GraphModule:
+    """The network with every replaced region as one submodule call. Regions that stay the teacher's in FP32
+    are left as they are; in INT8 they become a submodule too, so that their nodes can be named."""
+    assert state.network is not None and state.match is not None and state.weights is not None
+    parts = []
+    for name, candidate, precision in blueprint.picks:
+        region = state.match.region(name)
+        if candidate != "teacher":
+            parts.append((region, trained(region, specs[candidate], state.weights[name, candidate])))
+        elif precision == "int8":
+            parts.append((region, teacher_part(state.network, region)))
+    student = replace_regions(state.network, parts)
+    student.eval()
+    return student
+
+
+def rounded_view(student: fx.GraphModule, blueprint: Blueprint, *, reduce_range: bool) -> fx.GraphModule:
+    """A view of the student on the same weights, whose INT8 regions round as the emitted file will. It
+    observes ranges until told otherwise (`fakequant.observing`)."""
+    view = fx.GraphModule(student, student.graph)
+    for name in blueprint.int8:
+        region = getattr(view, name, None)
+        if isinstance(region, fx.GraphModule):
+            setattr(view, name, fake_quantize(region, reduce_range=reduce_range, share=True))
+    view.eval()
+    return view
+
+
+def calibration_feeds(student: fx.GraphModule, data: Dataset, images: int, batch: int) -> list[Feeds]:
+    """Feeds from the train split: `images` of them, in batches of `batch` (or the model's fixed one)."""
+    spec = student.meta["info"].inputs[0]
+    fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else None
+    size = fixed or batch
+    n = min(images, len(data.train))
+    order = np.random.default_rng(0).permutation(len(data.train))[:n].tolist()
+    feeds: list[Feeds] = []
+    for i in range(0, n - size + 1, size):
+        x, _ = data.train.batch(order[i : i + size])
+        feeds.append({spec.name: x.numpy().astype(spec.dtype)})
+    return feeds
+
+
+def to_onnx(student: fx.GraphModule, blueprint: Blueprint, ctx: Context, feeds: Sequence[Feeds]) -> ModelProto:
+    """The student as one ONNX file; INT8 regions as QDQ with ranges from `feeds`."""
+    regions = blueprint.int8
+    emitted = emit(student, opset=MIN_OPSET if regions else None)
+    if not regions:
+        return emitted.model
+    nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
+    return quantize(emitted.model, nodes, feeds, QuantSpec(reduce_range=ctx.capabilities.reduce_range))
+
+

@@ -1,0 +1,270 @@
+"""Cost: candidates -> latency table measured on the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, TensorProto, helper
+
+from hantc.core.backend_api import BuildSpec
+from hantc.core.errors import HantcError
+from hantc.core.types import CandidateSpec, CostRow, CostTable, Protocol, Region, Shape, Signature, Timing, digest
+from hantc.dialect.emitter import emit
+from hantc.dialect.graph import cut
+from hantc.dialect.qdq import QuantSpec, quantize_for_timing
+from hantc.dialect.replicate import replicate
+from hantc.dialect.rewrites.normalize import normalize
+from hantc.ops.registry import build
+from hantc.passes.state import Context, State
+
+_COPIES = 4
+_GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
+_VERSION = 3  # of the measuring method: rows measured otherwise are not reused
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One thing to time. `row` lacks the figures."""
+
+    key: str
+    row: CostRow
+    model: ModelProto
+    chain: bool
+    in_shape: Shape
+    out_shape: Shape
+
+
+def _overhead_model(shape: Shape) -> ModelProto:
+    """The least a session can do with a tensor of `shape`: hand it through."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", *shape])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "overhead", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _border_model(shape: Shape, pairs: int) -> ModelProto:
+    """`pairs` quantise/dequantise pairs in a row, with scales that differ so that none is optimised away."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
+    nodes, weights, name = [], [], "x"
+    for i in range(pairs):
+        scale = onnx.numpy_helper.from_array(np.array(0.01 * (1 + i), np.float32), f"s{i}")
+        zero = onnx.numpy_helper.from_array(np.array(128, np.uint8), f"z{i}")
+        weights += [scale, zero]
+        nodes.append(helper.make_node("QuantizeLinear", [name, f"s{i}", f"z{i}"], [f"q{i}"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", f"s{i}", f"z{i}"], [f"d{i}"]))
+        name = f"d{i}"
+    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
+    graph = helper.make_graph(nodes, "border", [x], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+class Meter:
+    """Times small models net of a session's overhead; every row is kept in the store."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.protocol = Protocol(threads=ctx.threads, batch=ctx.config.batch, warmup=2, samples=9, min_sample_ms=2.0)
+        self.build_spec = BuildSpec(threads=ctx.threads, batch=ctx.config.batch)
+        self.base = {
+            "backend": ctx.backend.name,
+            "device": ctx.device_key,
+            "protocol": asdict(self.protocol),
+            "method": _VERSION,
+        }
+        self.measured = 0
+
+    def key(self, **what: object) -> str:
+        return digest({**self.base, **what})
+
+    def time(self, models: Sequence[ModelProto], protocol: Protocol | None = None) -> list[Timing]:
+        """Time models interleaved, as they are."""
+        artefacts = [self.ctx.backend.build(m, self.build_spec) for m in models]
+        return self.ctx.backend.measure(artefacts, protocol or self.protocol)
+
+    def network(self, model: ModelProto) -> Timing:
+        """Latency of a whole network, overhead included; kept in the store."""
+        key = self.key(network=digest(model.SerializeToString().hex()))
+        found = self.ctx.store.get_json("network", key)
+        if found is not None:
+            return Timing(**found)
+        timing = self.time([model], replace(self.protocol, samples=25, min_sample_ms=10.0))[0]
+        self.ctx.store.put_json("network", key, asdict(timing))
+        return timing
+
+    def rows(self, work: Sequence[_Work]) -> list[CostRow]:
+        """Figures for all of `work`: from the store, or timed in groups that share a shape."""
+        found: dict[str, dict[str, object]] = {}
+        todo: dict[str, _Work] = {}
+        for w in work:
+            stored = self.ctx.store.get_json("cost", w.key)
+            if stored is not None:
+                found[w.key] = stored
+            else:
+                todo.setdefault(w.key, w)
+        groups: dict[tuple[Shape, Shape, bool], list[_Work]] = {}
+        for w in todo.values():
+            groups.setdefault((w.in_shape, w.out_shape, w.chain), []).append(w)
+        with self.ctx.reporter.bar("measuring candidates", len(todo)) as bar:
+            for group in groups.values():
+                for i in range(0, len(group), _GROUP):
+                    part = group[i : i + _GROUP]
+                    found |= self._group(part)
+                    bar.advance(len(part))
+        return [replace(w.row, **_figures(found[w.key])) for w in work]
+
+    def _group(self, group: Sequence[_Work]) -> dict[str, dict[str, object]]:
+        overhead = _overhead_model(group[0].in_shape)
+        models, good = [overhead], []
+        for w in group:
+            model = replicate(w.model, _COPIES, chain=w.chain)
+            ok, reason = self.ctx.backend.supports(model)
+            if ok:
+                models.append(model)
+                good.append(w)
+            else:
+                self.ctx.reporter.event("unsupported", candidate=w.row.candidate, reason=reason)
+        first, *timings = self.time(models)
+        results: dict[str, dict[str, object]] = {
+            w.key: {"latency_ms": 1e9, "iqr_ms": 0.0, "samples": 0} for w in group if w not in good
+        }
+        for w, t in zip(good, timings, strict=True):
+            net = max(1e-4, (t.median_ms - first.median_ms) / _COPIES)
+            results[w.key] = {"latency_ms": net, "iqr_ms": t.iqr_ms / _COPIES, "samples": t.samples}
+            self.ctx.store.put_json("cost", w.key, results[w.key])
+            self.measured += 1
+        return results
+
+    def border(self, shape: Shape) -> float:
+        """Milliseconds of one quantise/dequantise pair on a tensor of `shape`."""
+        key = self.key(border=shape)
+        found = self.ctx.store.get_json("border", key)
+        if found is None:
+            few, many = self.time([_border_model(shape, 2), _border_model(shape, 6)])
+            found = max(0.0, (many.median_ms - few.median_ms) / 4)
+            self.ctx.store.put_json("border", key, found)
+        return float(found)
+
+
+def _figures(stored: Mapping[str, object]) -> dict[str, object]:
+    return {k: stored[k] for k in ("latency_ms", "iqr_ms", "samples")}
+
+
+class Cost:
+    """Proposals -> latency table measured on the target, for candidates, teacher and borders."""
+
+    name: ClassVar[str] = "cost"
+    requires: ClassVar[tuple[str, ...]] = ("network", "match", "proposals")
+    ensures: ClassVar[tuple[str, ...]] = ("costs",)
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Measure what is not in the store yet."""
+        assert state.network is not None and state.match is not None and state.proposals is not None
+        meter = Meter(ctx)
+        regions = {r.name: r for r in state.match.regions}
+        teacher_ms = meter.network(emit(state.network).model).median_ms
+        work = [w for r in regions.values() for w in self._teacher(state, ctx, meter, r)]
+        seen: dict[tuple[Signature, CandidateSpec], tuple[ModelProto, ModelProto | None]] = {}
+        for p in state.proposals:
+            work += self._candidate(ctx, meter, regions[p.region], p.spec, (p.macs, p.params), seen)
+        rows = meter.rows(work)
+        shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
+        mixed = "int8" in ctx.precisions and "fp32" in ctx.precisions
+        transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
+        glue, scale = self._glue(rows, state, teacher_ms)
+        ctx.reporter.event("cost", rows=len(rows), measured=meter.measured, teacher_ms=teacher_ms, glue_ms=glue)
+        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale)
+        return replace(state, costs=table)
+
+    @staticmethod
+    def _glue(rows: Sequence[CostRow], state: State, teacher_ms: float) -> tuple[float, float]:
+        """What lies outside every region, and the factor from stand-alone to in-network latency."""
+        assert state.match is not None
+        atoms = {r.name for r in state.match.regions if len(r.atoms) == 1}
+        total = sum(r.latency_ms for r in rows if r.region in atoms and r.candidate == "teacher" and r.precision == "fp32")
+        floor = 0.02 * teacher_ms
+        if total <= 0 or teacher_ms - total >= floor:
+            return max(teacher_ms - total, floor), 1.0
+        return floor, (teacher_ms - floor) / total
+
+    def _row(self, ctx: Context, region: str, candidate: str, precision: str, macs: int, params: int) -> CostRow:
+        return CostRow(
+            region=region,
+            candidate=candidate,
+            precision=precision,
+            latency_ms=0.0,
+            iqr_ms=0.0,
+            samples=0,
+            backend=ctx.backend.name,
+            device=ctx.device_key,
+            threads=ctx.threads,
+            batch=ctx.config.batch,
+            macs=macs,
+            params=params,
+            predicted=not ctx.capabilities.measures,
+        )
+
+    def _teacher(self, state: State, ctx: Context, meter: Meter, region: Region) -> list[_Work]:
+        assert state.network is not None
+        part = cut(state.network, region.input, region.output, region.in_shape, region.out_shape)
+        model = emit(part).model
+        name = digest(model.SerializeToString().hex())
+        work = []
+        for precision in ctx.precisions:
+            try:
+                timed = model if precision == "fp32" else quantize_for_timing(model, _quant(ctx))
+            except HantcError as error:
+                ctx.note(f"{region.name} stays in FP32: {error.message}")
+                continue
+            row = self._row(ctx, region.name, "teacher", precision, region.macs, region.params)
+            chain = region.in_shape == region.out_shape
+            key = meter.key(teacher=name, precision=precision)
+            work.append(_Work(key, row, timed, chain, region.in_shape, region.out_shape))
+        return work
+
+    def _candidate(
+        self,
+        ctx: Context,
+        meter: Meter,
+        region: Region,
+        spec: CandidateSpec,
+        size: tuple[int, int],
+        seen: dict[tuple[Signature, CandidateSpec], tuple[ModelProto, ModelProto | None]],
+    ) -> list[_Work]:
+        signature = Signature.of(region)
+        key = {p: meter.key(signature=asdict(signature), spec=asdict(spec), precision=p) for p in ctx.precisions}
+        if (signature, spec) not in seen:
+            known = all(ctx.store.get_json("cost", k) is not None for k in key.values())
+            seen[signature, spec] = (ModelProto(), ModelProto()) if known else self._models(ctx, spec, signature)
+        fp32, int8 = seen[signature, spec]
+        work = []
+        for precision in ctx.precisions:
+            model = fp32 if precision == "fp32" else int8
+            if model is None:
+                continue
+            row = self._row(ctx, region.name, spec.name, precision, *size)
+            chain = region.in_shape == region.out_shape
+            work.append(_Work(key[precision], row, model, chain, region.in_shape, region.out_shape))
+        return work
+
+    @staticmethod
+    def _models(ctx: Context, spec: CandidateSpec, signature: Signature) -> tuple[ModelProto, ModelProto | None]:
+        """The candidate as it will run: norms folded, in FP32 and in INT8 (None where it cannot be)."""
+        torch.manual_seed(ctx.config.seed)
+        folded, _, _ = normalize(build(spec, signature).eval())
+        fp32 = emit(folded).model
+        if "int8" not in ctx.precisions or spec.family == "identity":
+            return fp32, None
+        try:
+            return fp32, quantize_for_timing(fp32, _quant(ctx))
+        except HantcError as error:
+            ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
+            return fp32, None
+
+
+def _quant(ctx: Context) -> QuantSpec:
+    return QuantSpec(reduce_range=ctx.capabilities.reduce_range)

@@ -1,0 +1,26 @@
+"""Emit: student -> one ONNX model, INT8 regions as QDQ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from hantc.passes.assemble import Blueprint, calibration_feeds, to_onnx
+from hantc.passes.state import Context, State
+
+_IMAGES = 256
+
+
+class Emit:
+    """Student -> one ONNX model; INT8 regions become QDQ with ranges calibrated on the train split."""
+
+    name: ClassVar[str] = "emit"
+    requires: ClassVar[tuple[str, ...]] = ("student", "plan")
+    ensures: ClassVar[tuple[str, ...]] = ("emitted",)
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Write the graph; the file itself is put in place by the pipeline, once verified."""
+        assert state.student is not None and state.plan is not None
+        blueprint = Blueprint.of(state.plan.choices)
+        feeds = calibration_feeds(state.student, ctx.data, _IMAGES, 32) if ctx.data and blueprint.int8 else []
+        return replace(state, emitted=to_onnx(state.student, blueprint, ctx, feeds))

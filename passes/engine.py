@@ -1,0 +1,172 @@
+"""What the training passes share: losses, tapped teachers, seeded order, a time-boxed loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from hantc.data.augment import Augment
+from hantc.data.dataset import Dataset, Split
+from hantc.dialect.norm import BatchNorm
+
+
+def first_output(result: object) -> Tensor:
+    """The first output of a network (the one that losses are taken on)."""
+    out = result[0] if isinstance(result, (tuple, list)) else result
+    assert isinstance(out, Tensor)
+    return out
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """What a network's first output is, so that losses fit: class logits, class probabilities, or values."""
+
+    classifier: bool
+    probabilities: bool
+
+    def log_probs(self, out: Tensor) -> Tensor:
+        """Log class probabilities (N, classes)."""
+        flat = out.flatten(1)
+        return torch.log(flat.clamp_min(1e-8)) if self.probabilities else F.log_softmax(flat, 1)
+
+
+def output_kind(network: nn.Module, x: Tensor, num_classes: int | None) -> OutputKind:
+    """Judge from one batch: (N, C) outputs are classes; rows of probabilities sum to one."""
+    with torch.no_grad():
+        out = first_output(network(x))
+    flat = out.flatten(1)
+    classifier = out.dim() == 2 and out.shape[1] > 1 and (num_classes is None or num_classes <= out.shape[1])
+    sums = bool(((flat.sum(1) - 1).abs() < 1e-3).all()) and bool((flat >= 0).all())
+    return OutputKind(classifier, classifier and sums)
+
+
+def divergence(kind: OutputKind, student: Tensor, teacher: Tensor) -> Tensor:
+    """Per-image distance of outputs: KL(T‖S) for classifiers, squared error over variance otherwise."""
+    if kind.classifier:
+        p, q = kind.log_probs(teacher), kind.log_probs(student)
+        return (p.exp() * (p - q)).sum(1)
+    t = teacher.flatten(1)
+    return (student.flatten(1) - t).square().mean(1) / t.var().clamp_min(1e-12)
+
+
+def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error over the variance of the teacher's activation (so that 1.0 is 'no better than its mean')."""
+    return F.mse_loss(student, teacher) / teacher.var().clamp_min(1e-12)
+
+
+def calibrate_norm(candidate: nn.Module, target: Tensor, source: Tensor) -> None:
+    """Start a candidate's last norm at the mean and spread of what it must produce.
+
+    Without it, a region whose output is large (EfficientNet's last block) starts tens of variances off.
+    """
+    norms = [m for m in candidate.modules() if isinstance(m, BatchNorm)]
+    if not norms or target.dim() < 2 or norms[-1].weight.numel() != target.shape[1]:
+        return
+    residual = target - source if target.shape == source.shape else target
+    dims = [d for d in range(residual.dim()) if d != 1]
+    with torch.no_grad():
+        norms[-1].weight.copy_(residual.std(dims).clamp_min(1e-4))
+        norms[-1].bias.copy_(residual.mean(dims))
+
+
+def augmentation(network: fx.GraphModule, data: Dataset, kind: OutputKind, batch: int = 250) -> Augment:
+    """Which augmentations keep the labels, found out by asking the teacher: images are shifted by up to an
+    eighth, and mirrored if that costs the teacher less than two points (labels) or it still agrees with
+    itself on nine images in ten (no labels)."""
+    split = data.search
+    indices = range(min(len(split), 500))
+    x, y = split.batch(list(indices))
+    size = min(x.shape[2:]) if x.shape[1] <= 4 else min(x.shape[1:3])
+    shift = max(1, int(size) // 8)
+    if not kind.classifier:
+        return Augment(shift=0, flip=False)  # the output moves with the image
+    width = 3 if x.shape[1] <= 4 else 2
+    with torch.no_grad():
+        plain = torch.cat([first_output(network(p)).flatten(1).argmax(1) for p in x.split(batch)])
+        mirrored = torch.cat([first_output(network(p.flip(width))).flatten(1).argmax(1) for p in x.split(batch)])
+    if y is not None:
+        flip = bool((mirrored == y).float().mean() > (plain == y).float().mean() - 0.02)
+    else:
+        flip = bool((mirrored == plain).float().mean() > 0.9)
+    return Augment(shift=shift, flip=flip)
+
+
+def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Endless shuffled batches of `size` (short last batches are left out unless there is only one)."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(split)
+    while True:
+        order = torch.randperm(n, generator=generator)
+        for i in range(0, max(n - size + 1, 1), size):
+            yield split.batch(order[i : i + size].tolist(), augment=augment, generator=generator)
+
+
+class TimeBox:
+    """Learning-rate schedule over a time share: warm-up, then cosine to zero at the end of the share or of
+    the step limit, whichever comes first. The step count is settled after the first few steps."""
+
+    def __init__(self, seconds: float, max_steps: int, warmup: float = 0.03, probe: int = 5) -> None:
+        self.seconds, self.max_steps, self.warmup, self.probe = seconds, max(1, max_steps), warmup, probe
+        self.total = self.max_steps
+        self.step = 0
+        self._start = time.monotonic()
+
+    def advance(self) -> bool:
+        """Count one step; False when the last is done."""
+        self.step += 1
+        spent = time.monotonic() - self._start
+        if self.step == self.probe and spent > 0:
+            self.total = max(self.probe + 1, min(self.max_steps, int(self.seconds / (spent / self.step))))
+        return self.step < self.total and spent < 1.1 * self.seconds
+
+    @property
+    def progress(self) -> float:
+        """Share done, 0…1."""
+        return min(1.0, self.step / self.total)
+
+    def rate(self) -> float:
+        """Factor on the base learning rate for the step now to be made."""
+        rise = min(1.0, (self.step + 1) / max(1.0, self.warmup * self.total))
+        return rise * 0.5 * (1 + math.cos(math.pi * self.progress))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale every group's base rate (kept in the group as `base`)."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("base", group["lr"]) * factor
+
+
+def evaluate(
+    module: nn.Module, teacher: nn.Module, split: Split, kind: OutputKind, *, limit: int | None = None, batch: int = 250
+) -> dict[str, float]:
+    """Mean CE (nan without labels), KL/divergence, accuracy in percent (nan) and agreement of a network on a split."""
+    n = min(len(split), limit or len(split))
+    sums = {"ce": 0.0, "kl": 0.0, "accuracy": 0.0, "agreement": 0.0}
+    labelled = False
+    with torch.no_grad():
+        for i in range(0, n, batch):
+            x, y = split.batch(list(range(i, min(n, i + batch))))
+            s, t = first_output(module(x)), first_output(teacher(x))
+            sums["kl"] += float(divergence(kind, s, t).sum())
+            if kind.classifier:
+                sums["agreement"] += float((s.argmax(1) == t.argmax(1)).sum())
+                if y is not None:
+                    labelled = True
+                    sums["ce"] += float(F.nll_loss(kind.log_probs(s), y, reduction="sum"))
+                    sums["accuracy"] += 100 * float((s.argmax(1) == y).sum())
+    means = {k: v / max(n, 1) for k, v in sums.items()}
+    if not labelled:
+        means["ce"] = means["accuracy"] = float("nan")
+    return means
+
+
+def trainable(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """All parameters of some modules, each once."""
+    found: dict[int, nn.Parameter] = {id(p): p for m in modules for p in m.parameters()}
+    return list(found.values())

@@ -1,0 +1,63 @@
+"""Load: ONNX model -> imported teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from hantc.core.errors import DataError, HantcError, ModelError
+from hantc.dialect.emitter import opaque_leaves
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.importer import import_model
+from hantc.passes.engine import evaluate, output_kind
+from hantc.passes.state import Context, State
+
+_CHECK_IMAGES = 500
+
+
+class Load:
+    """ONNX model -> imported teacher, checked: it runs, and with labels it is better than chance."""
+
+    name: ClassVar[str] = "import"
+    requires: ClassVar[tuple[str, ...]] = ("model",)
+    ensures: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Import the graph; ModelError or DataError where it cannot serve as a teacher."""
+        where = str(ctx.config.model)
+        ok, reason = ctx.backend.supports(state.model)
+        if not ok:
+            raise ModelError(f"{ctx.backend.name} cannot run it: {reason}", where=where)
+        teacher = import_model(state.model, where=where)
+        for name, leaf in opaque_leaves(teacher):
+            ctx.reporter.event("opaque", node=name, op=leaf.proto.op_type, reason=leaf.reason)
+        info = teacher.meta["info"]
+        if ctx.data is not None:
+            if len(info.inputs) != 1:
+                raise DataError(f"the model has {len(info.inputs)} inputs; --data can feed only one", where=where)
+            self._check(teacher, state, ctx)
+        return replace(state, teacher=teacher)
+
+    @staticmethod
+    def _check(teacher: object, state: State, ctx: Context) -> None:
+        from torch import fx
+
+        assert isinstance(teacher, fx.GraphModule) and ctx.data is not None
+        try:
+            kind = output_kind(teacher, example_inputs(teacher.meta["info"], 2)[0], ctx.data.num_classes)
+            found = evaluate(teacher, teacher, ctx.data.search, kind, limit=_CHECK_IMAGES, batch=100)
+        except HantcError:
+            raise
+        except Exception as error:  # torch raises many types for shapes that do not fit
+            raise DataError(
+                f"the model does not run on the data: {error}", where=str(ctx.config.data), hint="check --preprocess"
+            ) from error
+        classes = ctx.data.num_classes or 0
+        if ctx.data.labelled and kind.classifier and classes > 1 and found["accuracy"] < 150 / classes:
+            raise DataError(
+                f"the teacher scores {found['accuracy']:.1f} %, near chance ({100 / classes:.1f} %)",
+                where=str(ctx.config.data),
+                hint="the preprocessing is probably wrong (scale, mean, std, colour order, layout): see --preprocess; "
+                "or the class order of the folders differs from the model's",
+            )
+        ctx.reporter.event("teacher", **found)

@@ -1,0 +1,293 @@
+"""Match: normalized teacher -> regions that can be replaced, and reasons for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import networkx as nx
+from torch import fx, nn
+
+from hantc.core.types import MatchResult, Region, Rejection
+from hantc.dialect.activation import activation_name
+from hantc.dialect.conv import Conv
+from hantc.dialect.elementwise import Binary
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.graph import count_macs, leaf_of, shapes_of
+from hantc.dialect.linear import Linear, MatMul
+from hantc.dialect.norm import BatchNorm
+from hantc.dialect.pool import GlobalPool, Pool
+from hantc.dialect.shape import Concat
+from hantc.passes.state import Context, State
+
+_SOURCE, _SINK = "<source>", "<sink>"
+_BATCH = 2  # shapes are inferred at this batch, so that a dim that follows the batch shows
+
+
+@dataclass(frozen=True)
+class _Element:
+    """The part of the graph between two neighbouring cut nodes: `exit` and what lies strictly before it."""
+
+    entry: str
+    exit: str
+    nodes: tuple[str, ...]
+
+    @property
+    def simple(self) -> bool:
+        return len(self.nodes) == 1
+
+
+class Matcher:
+    """Finds regions of one graph with dominators and post-dominators."""
+
+    def __init__(self, module: fx.GraphModule, *, max_span: int = 3) -> None:
+        self.module, self.max_span = module, max_span
+        self.shapes = shapes_of(module, example_inputs(module.meta["info"], _BATCH))
+        self.order = {n.name: i for i, n in enumerate(module.graph.nodes)}
+        self.nodes = {n.name: n for n in module.graph.nodes}
+        self.rejections: list[Rejection] = []
+
+    # -- structure -----------------------------------------------------------------------------------------
+    def _flow(self) -> Any:
+        """Data flow from a virtual source (the inputs) to a virtual sink (the outputs)."""
+        g = nx.DiGraph()
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                g.add_edge(_SOURCE, node.name)
+            for source in node.all_input_nodes:
+                g.add_edge(source.name, _SINK if node.op == "output" else node.name)
+        live = nx.descendants(g, _SOURCE) & nx.ancestors(g, _SINK)
+        return g.subgraph(live | {_SOURCE, _SINK})
+
+    def elements(self) -> list[_Element]:
+        """The main line: parts between the nodes that every path from input to output passes."""
+        g = self._flow()
+        dominator = nx.immediate_dominators(g.reverse(copy=False), _SINK)
+        chain = [_SOURCE]
+        while chain[-1] != _SINK:
+            chain.append(dominator[chain[-1]])
+        found = []
+        for entry, exit_ in zip(chain, chain[1:], strict=False):
+            inside = (nx.descendants(g, entry) & nx.ancestors(g, exit_)) | {exit_}
+            names = tuple(sorted(inside - {_SINK}, key=lambda n: self.order[n]))
+            if entry == _SOURCE and names and self.nodes[names[-1]].op == "placeholder":
+                continue
+            found.append(_Element(entry, exit_, names))
+        return found
+
+    def leaf(self, name: str) -> nn.Module | None:
+        return leaf_of(self.module, self.nodes[name])
+
+    def leaves(self, names: Sequence[str]) -> list[nn.Module]:
+        return [m for m in (self.leaf(n) for n in names) if m is not None]
+
+    # -- classification ------------------------------------------------------------------------------------
+    def _is_conv(self, e: _Element) -> bool:
+        return e.simple and isinstance(self.leaf(e.exit), Conv)
+
+    def _conv(self, e: _Element) -> Conv | None:
+        leaf = self.leaf(e.exit) if e.simple else None
+        return leaf if isinstance(leaf, Conv) else None
+
+    def _is_tail(self, e: _Element) -> bool:
+        """Norms and activations belong to the operation before them."""
+        if not e.simple:
+            return False
+        leaf = self.leaf(e.exit)
+        return isinstance(leaf, BatchNorm) or bool(activation_name(leaf))
+
+    def _is_gate(self, e: _Element) -> bool:
+        """Squeeze-and-excite: x times something pooled from x."""
+        if e.simple:
+            return False
+        join = self.leaf(e.exit)
+        return (
+            isinstance(join, Binary)
+            and join.op == "Mul"
+            and any(isinstance(m, GlobalPool) or type(m).__name__ == "Reduce" for m in self.leaves(e.nodes))
+        )
+
+    def _skip_tail(self, es: list[_Element], i: int) -> int:
+        while i < len(es) and self._is_tail(es[i]):
+            i += 1
+        return i
+
+    def _inverted(self, es: list[_Element], i: int) -> int:
+        """End (exclusive) of [1×1] depthwise [gate] 1×1 beginning at i; i if there is none."""
+        first = self._conv(es[i])
+        if first is None:
+            return i
+        j = i
+        if first.groups == 1 and set(first.kernel) == {1} and set(first.stride) == {1}:
+            j = self._skip_tail(es, i + 1)
+        depthwise = self._conv(es[j]) if j < len(es) else None
+        if depthwise is None or depthwise.groups == 1 or depthwise.groups != depthwise.weight.shape[0]:
+            return i
+        j = self._skip_tail(es, j + 1)
+        if j < len(es) and self._is_gate(es[j]):
+            j = self._skip_tail(es, j + 1)
+        project = self._conv(es[j]) if j < len(es) else None
+        if project is None or project.groups != 1 or set(project.kernel) != {1}:
+            return i
+        return self._skip_tail(es, j + 1)
+
+    def _composite_kind(self, e: _Element) -> str:
+        leaves = self.leaves(e.nodes)
+        join = leaves[-1] if leaves else None
+        if any(isinstance(m, MatMul) for m in leaves) and any(type(m).__name__ == "Softmax" for m in leaves):
+            return "attention"
+        if isinstance(join, Concat):
+            entry = self.nodes[e.entry] if e.entry in self.nodes else None
+            return "dense_layer" if entry in self.nodes[e.exit].all_input_nodes else "plain_conv"
+        if any(isinstance(m, Conv) and m.groups > 1 and m.groups == m.weight.shape[0] for m in leaves):
+            return "inverted_residual"
+        return "residual"
+
+    def group(self, es: list[_Element]) -> list[tuple[str, list[_Element]]]:
+        """Elements → (kind, elements) blocks in order; kind "" for what is no region."""
+        blocks: list[tuple[str, list[_Element]]] = []
+        i, seen_conv = 0, False
+        while i < len(es):
+            e = es[i]
+            has_product = any(isinstance(m, (Conv, Linear, MatMul)) for m in self.leaves(e.nodes))
+            end, kind = i + 1, ""
+            if not e.simple and has_product and e.exit != _SINK:
+                kind, end = self._composite_kind(e), self._skip_tail(es, i + 1)
+            elif self._is_conv(e):
+                end, kind = self._inverted(es, i), "inverted_residual"
+                if end == i:
+                    end, kind = self._skip_tail(es, i + 1), "plain_conv" if seen_conv else "stem"
+                    conv = self._conv(e)
+                    if not seen_conv and end < len(es) and es[end].simple and isinstance(self.leaf(es[end].exit), Pool):
+                        end += 1  # a stem's pooling goes with it
+                    elif seen_conv and conv is not None and max(conv.stride) > 1:
+                        kind = "downsample"
+            seen_conv = seen_conv or any(isinstance(m, Conv) for m in self.leaves(e.nodes))
+            blocks.append((kind, es[i:end]))
+            i = end
+        return blocks
+
+    # -- regions -------------------------------------------------------------------------------------------
+    def _reject(self, es: list[_Element], reason: str) -> None:
+        names = tuple(n for e in es for n in e.nodes)
+        if names:
+            self.rejections.append(Rejection(names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", reason, names))
+
+    def _why_not(self, es: list[_Element]) -> str:
+        leaves = self.leaves([n for e in es for n in e.nodes])
+        if es[-1].exit == _SINK:
+            return "feeds the graph's outputs by several paths, so it has no single exit"
+        if any(isinstance(m, Linear) for m in leaves):
+            return "matrix product outside a block (head): no candidate family for it"
+        return "no convolution or matrix product: nothing to gain"
+
+    def region(self, kind: str, es: list[_Element], name: str, atoms: tuple[int, ...]) -> Region | str:
+        """The region made of `es`, or the reason why it cannot be one."""
+        entry, exit_ = es[0].entry, es[-1].exit
+        nodes = tuple(n for e in es for n in e.nodes)
+        if entry not in self.shapes or exit_ not in self.shapes:
+            return "its input or output is not a tensor"
+        a, b = self.shapes[entry], self.shapes[exit_]
+        if len(a) < 2 or len(b) < 2 or a[0] != b[0] or a[0] != self.shapes[self.first_input()][0]:
+            return f"the batch is not the first dim of its input {a} or output {b}"
+        params = sum(p.numel() for m in self.leaves(nodes) for p in m.parameters())
+        return Region(
+            name=name,
+            kind=kind,
+            input=entry,
+            output=exit_,
+            nodes=nodes,
+            in_shape=a[1:],
+            out_shape=b[1:],
+            macs=count_macs(self.module, self.shapes, set(nodes)),
+            params=params,
+            atoms=atoms,
+            final_act=activation_name(self.leaf(exit_)),
+        )
+
+    def first_input(self) -> str:
+        return next(n.name for n in self.module.graph.nodes if n.op == "placeholder")
+
+    def match(self) -> MatchResult:
+        """All regions: atoms in order, then what joins neighbouring atoms."""
+        atoms: list[tuple[Region, list[_Element]]] = []
+        for kind, es in self.group(self.elements()):
+            if not kind:
+                self._reject(es, self._why_not(es))
+                continue
+            made = self.region(kind, es, f"r{len(atoms):02d}", (len(atoms),))
+            if isinstance(made, str):
+                self._reject(es, made)
+            else:
+                atoms.append((made, es))
+        joined = self._dense_blocks(atoms) + self._spans(atoms)
+        regions = [self._with_parent(r, joined) for r, _ in atoms] + joined
+        return MatchResult(tuple(regions), tuple(self._merged()), len(atoms))
+
+    def _with_parent(self, region: Region, joined: list[Region]) -> Region:
+        holders = [j for j in joined if set(region.atoms) < set(j.atoms)]
+        return replace(region, parent=max(holders, key=lambda j: len(j.atoms)).name) if holders else region
+
+    def _join(self, kind: str, run: list[tuple[Region, list[_Element]]]) -> Region | None:
+        es = [e for _, part in run for e in part]
+        name = f"{run[0][0].name}_{run[-1][0].name}"
+        made = self.region(kind, es, name, tuple(i for r, _ in run for i in r.atoms))
+        return None if isinstance(made, str) else made
+
+    def _dense_blocks(self, atoms: list[tuple[Region, list[_Element]]]) -> list[Region]:
+        found, run = [], []
+        for item in [*atoms, None]:
+            if item is not None and item[0].kind == "dense_layer" and (not run or run[-1][0].output == item[0].input):
+                run.append(item)
+                continue
+            if len(run) > 1:
+                found.append(self._join("dense_block", run))
+            run = [item] if item is not None and item[0].kind == "dense_layer" else []
+        return [r for r in found if r is not None]
+
+    def _spans(self, atoms: list[tuple[Region, list[_Element]]]) -> list[Region]:
+        spannable = {"residual", "inverted_residual", "plain_conv", "downsample"}
+        found = []
+        for length in range(2, self.max_span + 1):
+            for i in range(len(atoms) - length + 1):
+                run = atoms[i : i + length]
+                regions = [r for r, _ in run]
+                adjacent = all(a.output == b.input for a, b in zip(regions, regions[1:], strict=False))
+                if not adjacent or any(r.kind not in spannable for r in regions):
+                    continue
+                spatial = len(regions[0].in_shape) == 3 and len(regions[-1].out_shape) == 3
+                if spatial and regions[0].in_shape[1] <= 2 * regions[-1].out_shape[1]:
+                    found.append(self._join("span", run))
+        return [r for r in found if r is not None]
+
+    def _merged(self) -> list[Rejection]:
+        """Neighbouring rejections with one reason become one."""
+        merged: list[Rejection] = []
+        for r in self.rejections:
+            if merged and merged[-1].reason == r.reason:
+                nodes = merged[-1].nodes + r.nodes
+                merged[-1] = Rejection(f"{nodes[0]} … {nodes[-1]}", r.reason, nodes)
+            else:
+                merged.append(r)
+        return merged
+
+
+def match_regions(module: fx.GraphModule, *, max_span: int = 3) -> MatchResult:
+    """Regions of a graph module of leaves (DESIGN §5); spans join up to `max_span` neighbouring blocks."""
+    return Matcher(module, max_span=max_span).match()
+
+
+class Match:
+    """Normalized teacher -> regions, nested, with kinds, and reasons for what is no region."""
+
+    name: ClassVar[str] = "match"
+    requires: ClassVar[tuple[str, ...]] = ("network",)
+    ensures: ClassVar[tuple[str, ...]] = ("match",)
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Find the regions of the normalized network."""
+        assert state.network is not None
+        found = match_regions(state.network)
+        ctx.reporter.event("match", regions=len(found.regions), atoms=found.n_atoms, rejected=len(found.rejections))
+        return replace(state, match=found)

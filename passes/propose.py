@@ -1,0 +1,94 @@
+"""Propose: regions -> candidate operations worth measuring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from hantc.core.types import CandidateSpec, Region, Signature
+from hantc.ops.registry import families
+from hantc.passes.state import Context, Proposal, State
+
+_MAX_MACS = 1.5  # a candidate with more multiplications than this, relative to the teacher's, cannot be faster
+
+
+def spread(proposals: Sequence[Proposal], n: int) -> list[Proposal]:
+    """`n` of the proposals, evenly spaced in log MACs from the cheapest to the dearest."""
+    ordered = sorted(proposals, key=lambda p: (p.macs, p.spec.name))
+    if len(ordered) <= n:
+        return ordered
+    logs = [math.log(max(p.macs, 1)) for p in ordered]
+    wanted = [logs[0] + (logs[-1] - logs[0]) * i / max(1, n - 1) for i in range(n)]
+    chosen: dict[int, None] = {}
+    for target in wanted:
+        free = [i for i in range(len(ordered)) if i not in chosen]
+        chosen.setdefault(min(free, key=lambda i: abs(logs[i] - target)))
+    return [ordered[i] for i in sorted(chosen)]
+
+
+class Propose:
+    """Regions -> candidate operations worth measuring, with reasons for those that are not."""
+
+    name: ClassVar[str] = "propose"
+    requires: ClassVar[tuple[str, ...]] = ("match",)
+    ensures: ClassVar[tuple[str, ...]] = ("proposals",)
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Apply every family's grid to every region."""
+        assert state.match is not None
+        proposals: list[Proposal] = []
+        skipped: list[tuple[str, str, str]] = []
+        for region in state.match.regions:
+            made, dropped = self._region(region, ctx)
+            proposals += made
+            skipped += dropped
+        ctx.reporter.event("propose", proposals=len(proposals), skipped=len(skipped))
+        return replace(state, proposals=tuple(proposals), skipped=tuple(skipped))
+
+    def _region(self, region: Region, ctx: Context) -> tuple[list[Proposal], list[tuple[str, str, str]]]:
+        if ctx.data is None:
+            # without data only zero-error forms are allowed: the normalized region itself
+            return [], [(region.name, "*", "needs --data: candidates must be distilled")]
+        signature = Signature.of(region)
+        by_family: dict[str, list[Proposal]] = {}
+        skipped: list[tuple[str, str, str]] = []
+        for name, family in families().items():
+            for spec, reason in family.survey(signature):
+                macs, params = family.estimate(spec, signature) if not reason else (0, 0)
+                if not reason and macs > _MAX_MACS * max(region.macs, 1):
+                    reason = f"{macs / max(region.macs, 1):.1f}× the teacher's multiplications: cannot be faster"
+                if reason:
+                    skipped.append((region.name, spec.name, reason))
+                else:
+                    by_family.setdefault(name, []).append(Proposal(region.name, spec, macs, params))
+        share = self._shares(by_family, ctx.effort.measured_per_region)
+        kept = [p for name, ps in by_family.items() for p in spread(ps, share[name])]
+        names = {p.spec.name for p in kept}
+        skipped += [
+            (region.name, p.spec.name, f"not in the sample measured at --effort {ctx.config.effort}")
+            for ps in by_family.values()
+            for p in ps
+            if p.spec.name not in names
+        ]
+        return kept, skipped
+
+    @staticmethod
+    def _shares(by_family: dict[str, list[Proposal]], total: int) -> dict[str, int]:
+        """Places per family: equal, what a small family leaves goes to the others."""
+        shares = dict.fromkeys(by_family, 0)
+        while total > 0 and any(shares[f] < len(by_family[f]) for f in by_family):
+            for f, ps in by_family.items():
+                if shares[f] < len(ps) and total > 0:
+                    shares[f] += 1
+                    total -= 1
+        return shares
+
+
+def spec_of(name: str, proposals: Sequence[Proposal]) -> CandidateSpec:
+    """The spec called `name`; KeyError if it was never proposed."""
+    for p in proposals:
+        if p.spec.name == name:
+            return p.spec
+    raise KeyError(name)

@@ -1,0 +1,271 @@
+"""Select: scores and costs -> a plan, by integer programming, corrected by measurement."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
+
+from onnx import ModelProto
+
+from hantc.core.errors import BudgetError
+from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, Protocol, digest
+from hantc.dialect.emitter import emit
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.fakequant import observing
+from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
+from hantc.passes.cost import Meter
+from hantc.passes.engine import evaluate, output_kind
+from hantc.passes.state import Context, Evaluated, State
+from hantc.search.ilp import solve, solve_diverse
+from hantc.search.pareto import reachable, solve_for_score
+from hantc.search.problem import Border, Item, Problem, Solution, clean
+
+_DEFAULT_BUDGET = 0.5
+_GAP = 0.005
+_SOLVER_S = 30.0
+_ROUNDS = 3  # of measuring students and correcting the table
+_CLOSE = 0.03
+_SLACK = 1.02  # a measured student may exceed the budget by the noise of a measurement
+_VERSION = 3
+_UNUSABLE_MS = 1e8
+
+
+def make_problem(state: State, budget_ms: float) -> Problem:
+    """The integer program of DESIGN §2 over regions × candidates × precisions, with borders."""
+    assert state.match is not None and state.costs is not None and state.scores is not None
+    costs, match = state.costs.by_key(), state.match
+    items = []
+    for row in state.scores:
+        cost = costs.get((row.region, row.candidate, row.precision))
+        if cost is None or row.dropped or cost.latency_ms >= _UNUSABLE_MS:
+            continue
+        atoms = frozenset(match.region(row.region).atoms)
+        # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
+        score = max(0.0, row.score)
+        items.append(Item(row.region, row.candidate, row.precision, score, cost.latency_ms * state.costs.scale, atoms))
+    problem = Problem(match.n_atoms, tuple(items), state.costs.glue_ms, budget_ms, _borders(match, state.costs))
+    return clean(problem)[0]
+
+
+def _borders(match: MatchResult, costs: CostTable) -> tuple[Border, ...]:
+    pair = dict(costs.transitions)
+    atoms = [r for r in match.regions if len(r.atoms) == 1]
+    ends = {r.output: r.atoms[0] for r in atoms}
+    borders, fed = [], set()
+    for r in atoms:
+        left = ends.get(r.input)
+        fed.add(left)
+        borders.append(Border(left, r.atoms[0], 0.5 * costs.scale * pair.get(r.in_shape, 0.0)))
+    last = [r for r in atoms if r.atoms[0] not in fed]
+    borders += [Border(r.atoms[0], None, 0.5 * costs.scale * pair.get(r.out_shape, 0.0)) for r in last]
+    return tuple(borders)
+
+
+class Select:
+    """Scores and costs -> the plan: K diverse solutions, measured, corrected, evaluated, the best kept."""
+
+    name: ClassVar[str] = "select"
+    requires: ClassVar[tuple[str, ...]] = ("network", "match", "costs", "scores", "weights")
+    ensures: ClassVar[tuple[str, ...]] = ("plan", "costs")
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Solve, measure, correct, solve again; then judge the real students."""
+        assert state.costs is not None and state.match is not None
+        started = time.monotonic()
+        key = self._key(state, ctx)
+        stored = ctx.store.get_json("plan", key)
+        if stored is not None:
+            return self._restore(state, stored)
+        if ctx.data is None or state.match.n_atoms == 0:
+            return replace(state, plan=self._exact(state, ctx))
+        meter = Meter(ctx)
+        budget = self._budget(state, ctx)
+        evaluated: list[Evaluated] = []
+        for _ in range(_ROUNDS):
+            problem = make_problem(state, budget)
+            solutions = self._solve(problem, ctx)
+            evaluated = self._measure(state, ctx, meter, problem, solutions)
+            ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in evaluated)[len(evaluated) // 2]
+            if abs(ratio - 1) <= _CLOSE:
+                break
+            state = replace(state, costs=_scaled(state.costs, ratio))
+            assert state.costs is not None
+        evaluated = self._judge(state, ctx, evaluated)
+        best = self._best(evaluated, budget, ctx)
+        solver = {"k": len(evaluated), "seconds": time.monotonic() - started, "scale": state.costs.scale}
+        plan = replace(best.plan, solver={**best.plan.solver, **solver})
+        evaluated = [replace(e, chosen=e is best) for e in evaluated]
+        ctx.store.put_json(
+            "plan", key, {"plan": asdict(plan), "scale": state.costs.scale, "evaluated": [asdict(e) for e in evaluated]}
+        )
+        return replace(state, plan=plan, evaluated=tuple(evaluated))
+
+    def _key(self, state: State, ctx: Context) -> str:
+        assert state.costs is not None and state.scores is not None
+        config = ctx.config
+        return digest(
+            {
+                "version": _VERSION,
+                "model": state.model_hash,
+                "costs": [asdict(r) for r in state.costs.rows],
+                "teacher_ms": state.costs.teacher_ms,
+                "scores": [asdict(s) for s in state.scores],
+                "options": [asdict(config.budget) if config.budget else None, config.max_drop, config.effort, config.seed],
+            }
+        )
+
+    @staticmethod
+    def _restore(state: State, stored: Mapping[str, Any]) -> State:
+        assert state.costs is not None
+        evaluated = tuple(Evaluated(**{**e, "plan": _plan(e["plan"])}) for e in stored["evaluated"])
+        return replace(
+            state, plan=_plan(stored["plan"]), evaluated=evaluated, costs=replace(state.costs, scale=stored["scale"])
+        )
+
+    @staticmethod
+    def _exact(state: State, ctx: Context) -> Plan:
+        """Without data the teacher's own operations are all there is; their rewrites are exact."""
+        assert state.costs is not None and state.match is not None
+        teacher = state.costs.teacher_ms
+        rows = state.costs.by_key()
+        choices = tuple(
+            Choice(r.name, r.kind, "teacher", "fp32", 0.0, rows[r.name, "teacher", "fp32"].latency_ms, rows[r.name, "teacher", "fp32"].latency_ms)
+            for r in state.match.regions
+            if len(r.atoms) == 1
+        )
+        budget = ctx.config.budget.in_ms(teacher) if ctx.config.budget else teacher
+        return Plan(choices, teacher, budget, 0.0, {"method": "exact rewrites only (no --data)"})
+
+    @staticmethod
+    def _budget(state: State, ctx: Context) -> float:
+        assert state.costs is not None
+        teacher = state.costs.teacher_ms
+        if ctx.config.budget is not None:
+            return ctx.config.budget.in_ms(teacher)
+        return teacher if ctx.config.max_drop is not None else _DEFAULT_BUDGET * teacher
+
+    @staticmethod
+    def _solve(problem: Problem, ctx: Context) -> list[Solution]:
+        k = ctx.effort.solutions
+        limit = min(_SOLVER_S * k / 6, 0.08 * ctx.clock.limit_s)
+        if ctx.config.max_drop is not None:
+            # the accuracy-constrained mode: one solution each at a ladder of allowed losses
+            top = solve(replace(problem, budget=reachable(problem)[0] * 1.001), gap=_GAP).score
+            ladder = [top * 2.0**-i for i in range(k)]
+            return _unique([solve_for_score(problem, s, gap=_GAP, time_limit=limit / k) for s in ladder])
+        try:
+            return solve_diverse(problem, k, gap=_GAP, time_limit=limit)
+        except BudgetError as error:
+            # `nearest` travels in ms inside the search; users think in fractions of the teacher
+            raise BudgetError(
+                f"the budget of {problem.budget:.3f} ms cannot be met; the nearest reachable is {error.nearest:.3f} ms",
+                nearest=error.nearest,
+                where="select",
+                hint=f"--budget {math.ceil(error.nearest * 1000) / 1000:g}ms, or --effort thorough for more candidates",
+            ) from error
+
+    def _measure(
+        self, state: State, ctx: Context, meter: Meter, problem: Problem, solutions: Sequence[Solution]
+    ) -> list[Evaluated]:
+        """Emit every solution as a real student and time it beside the teacher."""
+        assert state.network is not None and state.costs is not None and ctx.data is not None
+        models: list[ModelProto] = [emit(state.network).model]
+        plans = []
+        for s in solutions:
+            plan = make_plan(state, problem, s)
+            blueprint = Blueprint.of(plan.choices)
+            student = build_student(state, blueprint, specs_of(state))
+            models.append(to_onnx(student, blueprint, ctx, calibration_feeds(student, ctx.data, 16, 16)))
+            plans.append(plan)
+        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=3, samples=15, min_sample_ms=8.0)
+        with ctx.reporter.bar(f"timing {len(plans)} students", 1.0) as bar:
+            teacher, *timings = meter.time(models, protocol)
+            bar.advance(1.0)
+        # figures are carried over to the table's own clock, in case the machine runs at another speed by now
+        drift = state.costs.teacher_ms / teacher.median_ms
+        return [
+            Evaluated(p, t.median_ms * drift, teacher.median_ms * drift, None, None)
+            for p, t in zip(plans, timings, strict=True)
+        ]
+
+    def _judge(self, state: State, ctx: Context, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
+        """Loss and accuracy of every student on the search split, rounded as it will run."""
+        assert state.network is not None and ctx.data is not None
+        network, data = state.network, ctx.data
+        kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
+        judged = []
+        with ctx.reporter.bar(f"evaluating {len(evaluated)} students", len(evaluated)) as bar:
+            for e in evaluated:
+                blueprint = Blueprint.of(e.plan.choices)
+                student = build_student(state, blueprint, specs_of(state))
+                view = rounded_view(student, blueprint, reduce_range=ctx.capabilities.reduce_range)
+                with observing(view):
+                    evaluate(view, network, data.train, kind, limit=64, batch=64)
+                found = evaluate(view, network, data.search, kind, limit=ctx.effort.score_images)
+                labelled = not math.isnan(found["ce"])
+                loss = found["kl"] + (found["ce"] if labelled else 0.0)
+                accuracy = found["accuracy"] if labelled else 100 * found["agreement"]
+                judged.append(replace(e, loss=loss, accuracy=accuracy))
+                bar.advance()
+        return judged
+
+    @staticmethod
+    def _best(evaluated: Sequence[Evaluated], budget: float, ctx: Context) -> Evaluated:
+        if ctx.config.max_drop is not None:
+            # fine-tuning wins most of an untuned student's loss back: allow five times the drop before it
+            top = max(e.accuracy or 0.0 for e in evaluated)
+            fine = [e for e in evaluated if (e.accuracy or 0.0) >= top - 5 * ctx.config.max_drop]
+            return min(fine, key=lambda e: e.measured_ms)
+        fits = [e for e in evaluated if e.measured_ms <= _SLACK * budget]
+        if not fits:
+            return min(evaluated, key=lambda e: e.measured_ms)
+        return min(fits, key=lambda e: e.loss if e.loss is not None and math.isfinite(e.loss) else math.inf)
+
+
+def specs_of(state: State) -> dict[str, CandidateSpec]:
+    """Specs of all proposals by candidate name."""
+    return {p.spec.name: p.spec for p in state.proposals or ()}
+
+
+def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
+    """A solution in the plan's terms, with each region's runner-up (least score among the unchosen)."""
+    assert state.match is not None and state.costs is not None
+    choices = []
+    for index in solution.items:
+        item = problem.items[index]
+        region = state.match.region(item.region)
+        others = [o for i, o in enumerate(problem.items) if o.region == item.region and i != index]
+        second = min(others, key=lambda o: (o.score, o.cost), default=None)
+        teacher = sum(
+            o.cost for o in problem.items if o.atoms <= item.atoms and len(o.atoms) == 1 and (o.candidate, o.precision) == ("teacher", "fp32")
+        )
+        choices.append(
+            Choice(
+                region=item.region,
+                kind=region.kind,
+                candidate=item.candidate,
+                precision=item.precision,
+                score=item.score,
+                cost_ms=item.cost,
+                teacher_cost_ms=teacher,
+                runner_up=f"{second.candidate} {second.precision}" if second else "",
+            )
+        )
+    solver = {"optimal": solution.optimal, "gap": solution.gap if math.isfinite(solution.gap) else None, "items": len(problem.items)}
+    return Plan(tuple(choices), solution.cost, problem.budget, solution.score, solver)
+
+
+def _scaled(costs: CostTable, ratio: float) -> CostTable:
+    """Correct the table by what whole students measured over what it predicted."""
+    return replace(costs, scale=costs.scale * ratio, glue_ms=costs.glue_ms * ratio)
+
+
+def _unique(solutions: Sequence[Solution]) -> list[Solution]:
+    return list({s.items: s for s in solutions}.values())
+
+
+def _plan(stored: Mapping[str, Any]) -> Plan:
+    return Plan(**{**stored, "choices": tuple(Choice(**c) for c in stored["choices"])})

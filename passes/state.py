@@ -1,0 +1,112 @@
+"""What passes hand to each other: one frozen state, one context of services."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onnx import ModelProto
+from torch import Tensor, fx
+
+from hantc.core.backend_api import Backend, Capabilities
+from hantc.core.config import CompileConfig, EffortSettings
+from hantc.core.progress import Reporter
+from hantc.core.store import Store
+from hantc.core.types import CandidateSpec, CostTable, MatchResult, Plan, ScoreRow, digest
+from hantc.data.dataset import Dataset
+from hantc.dialect.rewrites.base import Applied, Missed
+
+WeightMap = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate that may replace a region, with its analytic size for one sample."""
+
+    region: str
+    spec: CandidateSpec
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One selection, run as a real (not yet fine-tuned) student. `loss` and `accuracy` on the search split."""
+
+    plan: Plan
+    measured_ms: float
+    teacher_ms: float
+    loss: float | None
+    accuracy: float | None
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the compiler knows so far; each pass returns a new one."""
+
+    model: ModelProto
+    model_hash: str
+    teacher: fx.GraphModule | None = None  # as imported
+    network: fx.GraphModule | None = None  # normalized; what is matched, distilled from and rewritten
+    applied: tuple[Applied, ...] = ()
+    missed: tuple[Missed, ...] = ()
+    match: MatchResult | None = None
+    proposals: tuple[Proposal, ...] | None = None
+    skipped: tuple[tuple[str, str, str], ...] = ()  # region, candidate, reason
+    costs: CostTable | None = None
+    weights: Mapping[tuple[str, str], WeightMap] | None = None  # (region, candidate) → trained tensors
+    scores: tuple[ScoreRow, ...] | None = None
+    plan: Plan | None = None
+    evaluated: tuple[Evaluated, ...] = ()
+    student: fx.GraphModule | None = None
+    history: tuple[Mapping[str, float], ...] = ()  # fine-tuning: one record per evaluation
+    emitted: ModelProto | None = None
+    summary: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time limit of a run. Passes ask for their share of what is left, so that none starves the next."""
+
+    limit_s: float
+    started: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
+
+    def remaining(self) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self.limit_s - self.elapsed())
+
+
+@dataclass(frozen=True)
+class Context:
+    """The services of a run."""
+
+    config: CompileConfig
+    effort: EffortSettings
+    backend: Backend
+    capabilities: Capabilities
+    precisions: tuple[str, ...]
+    store: Store
+    reporter: Reporter
+    clock: Clock
+    threads: int
+    out: Path
+    data: Dataset | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def device_key(self) -> str:
+        """Digest of the device that figures are measured on."""
+        return digest(self.capabilities.device)
+
+    def note(self, text: str) -> None:
+        """Something the user should read in the report."""
+        if text not in self.notes:
+            self.notes.append(text)
+            self.reporter.event("note", text=text)

@@ -1,0 +1,201 @@
+"""Verify: emitted model -> figures, measured beside the teacher and the teacher quantised as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from hantc.core.backend_api import Artefact, BuildSpec
+from hantc.core.errors import HantcError
+from hantc.core.types import Protocol, Timing, digest
+from hantc.data.dataset import Split
+from hantc.dialect.emitter import emit
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.graph import count_macs, shapes_of
+from hantc.dialect.importer import import_model, model_info
+from hantc.dialect.qdq import QuantSpec, quantize_whole
+from hantc.passes.assemble import calibration_feeds
+from hantc.passes.state import Context, State
+
+_VERSION = 2
+_NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """First outputs of one network over a split, and what follows for accuracy."""
+
+    values: np.ndarray[Any, Any]
+    accuracy: float | None
+
+
+class Verify:
+    """Emitted model -> summary: latency interleaved, accuracy and agreement of the very file, on the backend."""
+
+    name: ClassVar[str] = "verify"
+    requires: ClassVar[tuple[str, ...]] = ("network", "plan", "emitted", "costs")
+    ensures: ClassVar[tuple[str, ...]] = ("summary", "emitted")
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Measure, unless the same files were measured on the same data and device before."""
+        assert state.emitted is not None and state.network is not None and state.plan is not None
+        key = digest(
+            {
+                "version": _VERSION,
+                "student": digest(state.emitted.SerializeToString().hex()),
+                "teacher": state.model_hash,
+                "device": ctx.device_key,
+                "options": [ctx.threads, ctx.config.batch, ctx.backend.name],
+                "data": ctx.data.fingerprint if ctx.data else None,
+            }
+        )
+        stored = ctx.store.get_json("verify", key)
+        if stored is not None:
+            emitted = state.model if stored["kept_original"] else state.emitted
+            return replace(state, summary=stored, emitted=emitted)
+        baseline, reason = self._baseline(state, ctx)
+        networks = [state.model, state.emitted] + ([baseline] if baseline is not None else [])
+        timings = self._time(networks, ctx)
+        emitted, kept_original = state.emitted, False
+        if ctx.data is None and timings[1].median_ms > timings[0].median_ms * _NOISE:
+            # nothing was gained and something lost: the user's own file is the better answer
+            emitted, kept_original = state.model, True
+            timings[1] = timings[0]
+        facts = self._facts(state, ctx, [networks[0], emitted, *networks[2:]], timings)
+        facts |= {"baseline_int8_reason": reason, "kept_original": kept_original}
+        if ctx.capabilities.measures:
+            ctx.store.put_json("verify", key, facts)
+        return replace(state, summary=facts, emitted=emitted)
+
+    @staticmethod
+    def _baseline(state: State, ctx: Context) -> tuple[ModelProto | None, str | None]:
+        """The teacher quantised as a whole, as a user of onnxruntime would; or why it cannot be."""
+        if ctx.data is None:
+            return None, "no --data to calibrate with"
+        if "int8" not in ctx.capabilities.precisions:
+            return None, f"backend {ctx.backend.name} has no INT8"
+        assert state.network is not None
+        try:
+            feeds = calibration_feeds(state.network, ctx.data, 128, 16)
+            model = quantize_whole(state.model, feeds, QuantSpec(reduce_range=ctx.capabilities.reduce_range))
+            ok, why = ctx.backend.supports(model)
+        except HantcError as error:
+            return None, error.message
+        return (model, None) if ok else (None, why)
+
+    @staticmethod
+    def _time(networks: Sequence[ModelProto], ctx: Context) -> list[Timing]:
+        spec = BuildSpec(ctx.threads, ctx.config.batch)
+        artefacts = [ctx.backend.build(m, spec) for m in networks]
+        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=5, samples=41, min_sample_ms=15.0)
+        with ctx.reporter.bar("measuring teacher, student and INT8 baseline", 1.0):
+            return ctx.backend.measure(artefacts, protocol)
+
+    def _facts(
+        self, state: State, ctx: Context, networks: Sequence[ModelProto], timings: Sequence[Timing]
+    ) -> dict[str, Any]:
+        assert state.network is not None and state.plan is not None and state.costs is not None
+        outputs = self._outputs(ctx, networks)
+        rows = []
+        for i, (model, timing) in enumerate(zip(networks, timings, strict=True)):
+            rows.append(
+                {
+                    "latency_ms": timing.median_ms,
+                    "latency_iqr_ms": timing.iqr_ms,
+                    "accuracy": outputs[i].accuracy,
+                    "size_bytes": model.ByteSize(),
+                    **_size(model),
+                }
+            )
+        teacher, student = rows[0], rows[1]
+        if len(rows) > 2:
+            rows[2] |= {"params": teacher["params"], "macs": teacher["macs"]}
+        if state.student is not None and ctx.data is not None:
+            student |= _size(emit(state.student).model)  # INT8 nodes hide weights and products from counting
+        # the prediction was made on the table's clock; a machine that is slower by now is so for both
+        predicted = state.plan.predicted_latency_ms * teacher["latency_ms"] / state.costs.teacher_ms
+        drop = None
+        if teacher["accuracy"] is not None and student["accuracy"] is not None:
+            drop = teacher["accuracy"] - student["accuracy"]
+        return {
+            "teacher": teacher,
+            "student": student,
+            "baseline_int8": rows[2] if len(rows) > 2 else None,
+            "speedup": teacher["latency_ms"] / student["latency_ms"],
+            "accuracy_drop": drop,
+            "predicted_latency_ms": predicted,
+            "prediction_error": abs(predicted - student["latency_ms"]) / student["latency_ms"],
+            "agreement": _agreement(outputs[0].values, outputs[1].values),
+            "max_relative_difference": _difference(outputs[0].values, outputs[1].values),
+            "ops": {"teacher": _ops(networks[0]), "student": _ops(networks[1])},
+        }
+
+    def _outputs(self, ctx: Context, networks: Sequence[ModelProto]) -> list[_Outputs]:
+        """Every network's first output on the validation split, or on random input without data."""
+        spec = BuildSpec(ctx.threads, ctx.config.batch)
+        split = ctx.data.val if ctx.data is not None else None
+        n = len(split) if split is not None else 1
+        found = []
+        with ctx.reporter.bar("checking the files on validation data", n * len(networks)) as bar:
+            for model in networks:
+                artefact = ctx.backend.build(model, spec)
+                found.append(_run_split(ctx, artefact, model, split, bar))
+        return found
+
+
+def _run_split(ctx: Context, artefact: Artefact, model: ModelProto, split: Split | None, bar: Any) -> _Outputs:
+    info = model_info(model)
+    if split is None:
+        feeds = {s.name: t.numpy() for s, t in zip(info.inputs, example_inputs(info, ctx.config.batch), strict=True)}
+        return _Outputs(ctx.backend.run(artefact, feeds)[0], None)
+    spec = info.inputs[0]
+    fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else None
+    size = fixed or 50
+    values, hits, seen = [], 0, 0
+    for i in range(0, len(split), size):
+        index = list(range(i, min(len(split), i + size)))
+        real = len(index)
+        index += [index[-1]] * (size - real if fixed else 0)
+        x, y = split.batch(index)
+        out = ctx.backend.run(artefact, {spec.name: x.numpy().astype(spec.dtype)})[0][:real]
+        values.append(out)
+        if y is not None and out.ndim == 2:
+            hits += int((out.argmax(1) == y.numpy()[:real]).sum())
+            seen += real
+        bar.advance(real)
+    return _Outputs(np.concatenate(values), 100 * hits / seen if seen else None)
+
+
+def _agreement(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Share of equal top-1 for (N, classes) outputs, elsewhere of values within 1 % of the teacher's range."""
+    if a.ndim == 2 and a.shape[1] > 1:
+        return float((a.argmax(1) == b.argmax(1)).mean())
+    return float((np.abs(a - b) <= 0.01 * max(float(np.ptp(a)), 1e-12)).mean())
+
+
+def _difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    value = float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-12))
+    return value if math.isfinite(value) else 1e9
+
+
+def _size(model: ModelProto) -> dict[str, int]:
+    """Weights, and multiply-accumulates for one sample, of a float model."""
+    module = import_model(model)
+    shapes = shapes_of(module, example_inputs(module.meta["info"], 1))
+    weights = sum(math.prod(i.dims) for i in model.graph.initializer if i.data_type in _FLOATS)
+    return {"params": weights, "macs": count_macs(module, shapes)}
+
+
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+
+
+def _ops(model: ModelProto) -> dict[str, int]:
+    return dict(Counter(n.op_type for n in model.graph.node).most_common())
+

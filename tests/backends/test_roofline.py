@@ -1,0 +1,85 @@
+"""The roofline's arithmetic, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from hantc.backends.roofline.backend import RooflineBackend
+from hantc.backends.roofline.model import Machine, predict
+from hantc.core.errors import ModelError
+
+FLAT = Machine("flat", peak_fp32=1e9, peak_int8=4e9, bandwidth=1e12, bandwidth_max=1e12, op_overhead_s=0.0)
+THIN = Machine("thin", peak_fp32=1e15, peak_int8=1e15, bandwidth=1e6, bandwidth_max=1e6, op_overhead_s=0.0)
+
+
+def conv(int8: bool = False) -> onnx.ModelProto:
+    """4→8 channels, 3×3, over (N, 4, 10, 10), then Relu; as float or QDQ."""
+    w = np.ones((8, 4, 3, 3), dtype=np.float32)
+    inits = [numpy_helper.from_array(w, "w")]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    if int8:
+        inits = [
+            numpy_helper.from_array(w.astype(np.int8), "wq"),
+            numpy_helper.from_array(np.array(0.1, dtype=np.float32), "s"),
+            numpy_helper.from_array(np.array(0, dtype=np.int8), "z8"),
+            numpy_helper.from_array(np.array(0, dtype=np.uint8), "zu"),
+        ]
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "s", "zu"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "s", "zu"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["wq", "s", "z8"], ["wd"]),
+            helper.make_node("Conv", ["xd", "wd"], ["c"], pads=[1] * 4),
+            helper.make_node("QuantizeLinear", ["c", "s", "zu"], ["cq"]),
+            helper.make_node("DequantizeLinear", ["cq", "s", "zu"], ["y"]),
+        ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, 10, 10])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8, 10, 10])
+    graph = helper.make_graph(nodes, "g", [x], [y], inits)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_conv_by_hand_and_fused_relu() -> None:
+    flops = 2 * 8 * 100 * 4 * 9
+    moved = 4 * (4 * 100 + 8 * 4 * 9 + 8 * 100)
+    p = predict(conv(), FLAT, batch=1, threads=1)
+    assert (p.flops, p.bytes_moved) == (flops, moved)
+    assert p.latency_ms == pytest.approx(flops / 1e9 * 1e3)
+    assert predict(conv(), THIN, batch=1, threads=1).latency_ms == pytest.approx(moved / 1e6 * 1e3)
+
+
+def test_batch_and_threads_scale() -> None:
+    one = predict(conv(), FLAT, batch=1, threads=1)
+    assert predict(conv(), FLAT, batch=5, threads=1).flops == 5 * one.flops
+    two = predict(conv(), FLAT, batch=1, threads=2)
+    assert two.latency_ms == pytest.approx(one.latency_ms / 1.9)
+
+
+def test_int8_is_faster_and_moves_less() -> None:
+    fp32, int8 = (predict(conv(q), FLAT, batch=1, threads=1) for q in (False, True))
+    conv_flops = 2 * 8 * 100 * 4 * 9
+    border_flops = 400 + 800  # the first Quantize, the last Dequantize
+    assert int8.flops == conv_flops + border_flops
+    # border work is not INT8 work
+    assert int8.latency_ms == pytest.approx((conv_flops / 4e9 + border_flops / 1e9) * 1e3)
+    conv_bytes = 400 + 8 * 4 * 9 + 800
+    scale_and_zero = 2 * 5  # of the two border nodes
+    assert int8.bytes_moved == conv_bytes + 400 * 5 + 800 * 5 + scale_and_zero
+    assert int8.latency_ms < fp32.latency_ms
+
+
+def test_unknown_shape_is_a_model_error() -> None:
+    model = conv()
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
+    with pytest.raises(ModelError, match="'H'"):
+        predict(model, FLAT, batch=1, threads=1)
+
+
+def test_device_tells_machines_apart() -> None:
+    devices = {RooflineBackend(m).capabilities().device for m in (FLAT, THIN, Machine())}
+    assert len(devices) == 3
