@@ -122,7 +122,7 @@ class _Build:
     def placeholder(self, name: str) -> None:
         """A graph input, under a name that Python takes as a parameter's and that no other input has."""
         stem = re.sub(r"\W", "_", name).strip("_")
-        if not stem.isidentifier() or keyword.iskeyword(stem):
+        if not stem.isidentifier() or keyword.iskeyword(stem) or stem == "self":
             stem = f"input_{stem}".strip("_")
         taken = {n.target for n in self.env.values()}
         self.env[name] = self.graph.placeholder(next(s for s in _numbered(stem) if s not in taken))

@@ -180,8 +180,8 @@ def region_panel(
 
 def _tip(p: Point) -> str:
     out = " (dropped)" if p.dropped else " (chosen)" if p.chosen else ""
-    share = fmt_share(p.cost, 0)
-    return f"{clean(p.candidate, 80)} {p.precision}: {fmt_ms(p.cost_ms)} ({share} of the teacher), score {fmt_score(p.score)}{out}"
+    cost = f"{fmt_ms(p.cost_ms)} ({fmt_share(p.cost, 0)} of the teacher)"
+    return f"{clean(p.candidate, 80)} {clean(p.precision, 20)}: {cost}, score {fmt_score(p.score)}{out}"
 
 
 def _panel_look(ax: Axes, max_score: float, min_score: float) -> None:

@@ -11,7 +11,7 @@ from hantc.core.errors import UsageError
 from hantc.core.types import CostRow, ScoreRow
 from hantc.report.records import RunRecords, read_run
 from hantc.report.summary import ChoiceRow, NetworkStats, Summary, load
-from hantc.report.text import clean, family, finite, fmt_share, is_exact, is_kept, plain
+from hantc.report.text import clean, family, finite, fmt_share, is_exact, is_kept, plain_dict
 
 _ORDER = ("chosen", "runner-up", "considered", "dropped", "not scored", "skipped")
 
@@ -77,7 +77,7 @@ def limits(run: RunRecords) -> list[str]:
     """What a reader must know before trusting the figures; the run's own notes last, nothing twice."""
     s = run.summary
     found: list[str] = []
-    if s.status == "budget_missed":
+    if s.status in ("budget_missed", "drop_exceeded"):
         found.append("The asked constraint was not met: this is the nearest that the search reached.")
     elif s.status != "done":
         found.append(f"The run's status is “{s.status}”, not “done”.")
@@ -88,6 +88,8 @@ def limits(run: RunRecords) -> list[str]:
             found.append(
                 f"{predicted} of {len(run.costs.rows)} candidate costs are predicted by a model, not measured."
             )
+    if s.predicted:
+        found.append("All latencies, the speed-up too, are predicted by a model of the machine: nothing was timed.")
     if s.student.latency_ms is None:
         found.append("The student's latency was not measured here; only the predicted figure is given.")
     if s.prediction_error is not None and abs(s.prediction_error) > 0.1:
@@ -102,6 +104,8 @@ def limits(run: RunRecords) -> list[str]:
 
 def _data_limits(s: Summary) -> list[str]:
     if s.data is None:
+        if any("--data" in note for note in s.notes):
+            return []  # the run has said so itself
         return ["No data was given: only exact rewrites were admitted. --data would unlock trained replacements."]
     if s.data.synthetic:
         return [
@@ -134,12 +138,12 @@ def explain(run: RunRecords, region: str) -> dict[str, Any]:
     matched = next((r for r in run.regions if r.name == region), None)
     choice = next((c for c in run.summary.choices if c.region == region), None)
     rows = _candidates(run, region, choice)
-    return plain(
+    return plain_dict(
         {
             "region": asdict(matched) if matched else {"name": region, "kind": choice.kind if choice else ""},
             "choice": choice.model_dump() if choice else None,
             "covered_by": [] if choice else _covering(run, region),
-            "teacher_cost_ms": _teacher_cost(run, region, choice),
+            "teacher_cost_ms": teacher_costs(run).get(region),
             "counts": {s: n for s in _ORDER if (n := sum(r["status"] == s for r in rows))},
             "candidates": rows,
         }
@@ -153,13 +157,22 @@ def _covering(run: RunRecords, region: str) -> list[str]:
     return [c.region for c in run.summary.choices if own & atoms.get(c.region, set())]
 
 
-def _teacher_cost(run: RunRecords, region: str, choice: ChoiceRow | None) -> float | None:
+def teacher_costs(run: RunRecords) -> dict[str, float]:
+    """What the teacher's own operation costs in each region, in ms: its row, else the sum over the atoms of a
+    span, else what the plan says. Regions of unknown cost are left out."""
     rows = run.costs.rows if run.costs else ()
-    kept = [r for r in rows if r.region == region and is_kept(r.candidate)]
-    full = [r.latency_ms for r in kept if r.precision != "int8"]
-    if full:
-        return min(full)
-    return choice.teacher_cost_ms if choice else None
+    found: dict[str, float] = {}
+    for r in rows:
+        if is_kept(r.candidate) and r.precision != "int8":
+            found[r.region] = min(r.latency_ms, found.get(r.region, r.latency_ms))
+    atoms = {r.atoms[0]: found[r.name] for r in run.regions if len(r.atoms) == 1 and r.name in found}
+    for region in run.regions:
+        if region.name not in found and region.atoms and all(a in atoms for a in region.atoms):
+            found[region.name] = sum(atoms[a] for a in region.atoms)
+    for choice in run.summary.choices:
+        if choice.teacher_cost_ms is not None:
+            found.setdefault(choice.region, choice.teacher_cost_ms)
+    return found
 
 
 def _candidates(run: RunRecords, region: str, choice: ChoiceRow | None) -> list[dict[str, Any]]:
@@ -168,7 +181,7 @@ def _candidates(run: RunRecords, region: str, choice: ChoiceRow | None) -> list[
     skipped = {(c, p): why for r, c, p, why in (run.costs.skipped if run.costs else ()) if r == region}
     picked = (choice.candidate, choice.precision) if choice else None
     keys = list(dict.fromkeys([*([picked] if picked else []), *costs, *scores, *skipped]))
-    teacher = _teacher_cost(run, region, choice)
+    teacher = teacher_costs(run).get(region)
     rows = [_candidate(k, costs.get(k), scores.get(k), skipped.get(k), teacher, choice) for k in keys]
 
     def rank(row: dict[str, Any]) -> tuple[int, float, float]:
@@ -198,7 +211,7 @@ def _candidate(
     status, reason = "considered", ""
     if chosen:
         status = "chosen"
-    elif choice is not None and choice.runner_up and choice.runner_up in _spellings(name, precision):
+    elif choice is not None and choice.runner_up in (name, f"{name} {precision}"):
         status = "runner-up"
     elif score is not None and score.dropped:
         status, reason = "dropped", score.dropped
@@ -227,12 +240,6 @@ def _candidate(
     }
 
 
-def _spellings(name: str, precision: str) -> tuple[str, ...]:
-    # A runner-up is written as one text; these are the ways to name a candidate and its precision in it.
-    return (name, f"{name} {precision}", f"{name}@{precision}", f"{name}/{precision}", f"{name}:{precision}",
-            f"{name} ({precision})", f"{name}_{precision}")  # fmt: skip
-
-
 def _why_not_scored(cost_ms: float | None, teacher_ms: float | None) -> str:
     if cost_ms is not None and teacher_ms is not None and cost_ms >= teacher_ms:
         return "not faster than the teacher's own operation: never trained"
@@ -242,7 +249,7 @@ def _why_not_scored(cost_ms: float | None, teacher_ms: float | None) -> str:
 def inspect_run_data(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     """A run in one dict: the summary, the three networks, the choices, and what limits the figures."""
     run = read_run(run_folder)
-    return plain(
+    return plain_dict(
         {
             "run": str(run.folder),
             "summary": run.summary.model_dump(),
@@ -269,7 +276,7 @@ def diff_runs_data(run_a: str | os.PathLike[str], run_b: str | os.PathLike[str])
     }
     rows_a, rows_b = ({c.region: c for c in s.choices} for s in (a, b))
     pairs = [(name, rows_a.get(name), rows_b.get(name)) for name in dict.fromkeys([*rows_a, *rows_b])]
-    return plain(
+    return plain_dict(
         {
             "runs": [str(run_a), str(run_b)],
             "settings": {k: {"a": x, "b": y} for k, (x, y) in settings.items() if x != y},

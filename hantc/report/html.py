@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from hantc.core.atomic import write_text
 from hantc.report import charts, facts, svg
 from hantc.report import text as fmt
 from hantc.report.charts import Point
 from hantc.report.records import RunRecords, Solution, read_run
-from hantc.report.summary import Summary, write_text
+from hantc.report.summary import Summary
 
 FILE_NAME = "report.html"
 _MAX_PANELS = 60
@@ -93,25 +93,26 @@ def _context(run: RunRecords) -> dict[str, Any]:
 def _css() -> Markup:
     # Our own file, read as it is: it holds no "</style".
     source, _, _ = PackageLoader("hantc.report", "templates").get_source(Environment(autoescape=True), "report.css")
-    return Markup(source)  # noqa: S704
+    return Markup(source)
 
 
 def _headline(s: Summary) -> str:
     """The result in one sentence."""
     if s.speedup is None:
         return f"The student's speed on {s.target} was not measured."
+    how = ", as predicted" if s.predicted else ""
     if s.speedup < 0.995:
-        text = f"{fmt.fmt_times(1 / s.speedup)} slower on {s.target}"
+        text = f"{fmt.fmt_times(1 / s.speedup)} slower on {s.target}{how}"
     elif s.speedup < 1.005:
-        text = f"As fast as the teacher on {s.target}"
+        text = f"As fast as the teacher on {s.target}{how}"
     else:
-        text = f"{fmt.fmt_times(s.speedup)} faster on {s.target}"
+        text = f"{fmt.fmt_times(s.speedup)} faster on {s.target}{how}"
     if s.accuracy_drop is not None:
         gain = "more" if s.accuracy_drop < 0 else "less"
         text += (
             f", with {abs(s.accuracy_drop):.2f} points {gain} accuracy" if s.accuracy_drop else ", at equal accuracy"
         )
-    elif s.agreement is not None:
+    elif s.agreement is not None and s.data is not None:
         text += f"; both networks agree on {fmt.fmt_share(s.agreement)} of the inputs"
     return text + "."
 
@@ -125,7 +126,7 @@ def _badges(s: Summary) -> list[tuple[str, str]]:
         out.append(("synthetic data", "warn"))
     elif not s.data.labelled:
         out.append(("no labels", "warn"))
-    if s.student.latency_ms is None:
+    if s.predicted or s.student.latency_ms is None:
         out.append(("latency predicted", "warn"))
     return out
 
@@ -197,7 +198,7 @@ def _points(run: RunRecords) -> dict[str, list[Point]]:
     """Candidates by region that have both a finite cost and a score; regions of trained candidates only."""
     costs = run.costs.by_key() if run.costs else {}
     choices = {(c.region, c.candidate, c.precision): c for c in run.summary.choices}
-    teachers = _teacher_costs(run)
+    teachers = facts.teacher_costs(run)
     found: dict[str, list[Point]] = defaultdict(list)
     for row in run.scores:
         key = (row.region, row.candidate, row.precision)
@@ -212,15 +213,6 @@ def _points(run: RunRecords) -> dict[str, list[Point]]:
             Point(row.candidate, family, row.precision, share, cost, score, choice is not None, bool(row.dropped))
         )
     return _with_teachers(run, found, teachers)
-
-
-def _teacher_costs(run: RunRecords) -> dict[str, float]:
-    given = {c.region: c.teacher_cost_ms for c in run.summary.choices}
-    rows: Sequence[Any] = run.costs.rows if run.costs else ()
-    for r in rows:
-        if fmt.is_kept(r.candidate) and r.precision != "int8":
-            given[r.region] = r.latency_ms
-    return {name: ms for name, ms in given.items() if ms is not None}
 
 
 def _with_teachers(

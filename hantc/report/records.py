@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from hantc.core.types import CostTable, Plan, Region, Rejection, ScoreRow
+from hantc.core.types import Choice, CostRow, CostTable, Plan, Region, Rejection, ScoreRow
 from hantc.report.summary import Summary, broken, load, read_json
 from hantc.report.text import finite
 
@@ -62,8 +63,8 @@ def read_run(run_folder: str | os.PathLike[str]) -> RunRecords:
     return RunRecords(
         folder=folder,
         summary=summary,
-        plan=_read(folder / "plan.json", Plan | None, None),
-        costs=_read(folder / "lut.json", CostTable | None, None),
+        plan=_table(folder / "plan.json", Plan, "choices", Choice),
+        costs=_table(folder / "lut.json", CostTable, "rows", CostRow),
         scores=_rows(folder / "scores.json", "rows", ScoreRow),
         regions=_parse(folder / "regions.json", tuple[Region, ...], matched.get("regions", [])),
         rejections=_parse(folder / "regions.json", tuple[Rejection, ...], matched.get("rejections", [])),
@@ -74,7 +75,27 @@ def read_run(run_folder: str | os.PathLike[str]) -> RunRecords:
 
 def _rows(path: Path, key: str, kind: type[T]) -> tuple[T, ...]:
     content = _read(path, dict[str, Any], {})
-    return _parse(path, tuple[kind, ...], content.get(key, []))  # type: ignore[valid-type]
+    rows: tuple[T, ...] = _parse(path, tuple[kind, ...], _with_nan(content.get(key, []), kind))  # type: ignore[valid-type]
+    return rows
+
+
+def _table(path: Path, kind: type[T], key: str, row_kind: type) -> T | None:
+    """A record that holds rows of another under `key`; None if the file is not there."""
+    if not path.is_file():
+        return None
+    content = _with_nan(_read(path, dict[str, Any], {}), kind)
+    table: T = _parse(path, kind, {**content, key: _with_nan(content.get(key, []), row_kind)})
+    return table
+
+
+def _with_nan(value: Any, kind: type) -> Any:
+    """Put NaN back where JSON, which has none, holds null for a plain float field of `kind`."""
+    if isinstance(value, list):
+        return [_with_nan(v, kind) for v in value]
+    if not isinstance(value, dict):
+        return value
+    names = {f.name for f in fields(kind) if f.type == "float"}  # annotations are strings there
+    return {k: math.nan if v is None and k in names else v for k, v in value.items()}
 
 
 def _read(path: Path, kind: Any, default: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from hantc.core.atomic import write_text
 from hantc.core.errors import UsageError
 from hantc.report.text import finite
 
@@ -114,6 +115,10 @@ class Summary(_Record):
     timings_s: dict[str, float] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     ops: OpCounts = Field(default_factory=OpCounts)
+    predicted: bool = False  # the latencies come from the backend's model of the machine, not from a clock
+    backend: str | None = None
+    batch: int | None = None
+    effort: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -178,13 +183,3 @@ def broken(path: Path, error: ValidationError) -> UsageError:
     wrong = [f"{'.'.join(str(p) for p in e['loc']) or 'top level'}: {e['msg']}" for e in error.errors()]
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return UsageError(f"wrong content: {'; '.join(wrong[:3])}{more}", where=str(path), hint=_RERUN)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that nothing half-written is ever seen under its name."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -142,7 +142,7 @@ def inspect_run(run_folder: str | os.PathLike[str]) -> RenderableType:
         choices_table(s),
     ]
     if run.rejections:
-        parts.append(_text(f"{len(run.rejections)} parts of the graph are no region; report.html says why", "dim"))
+        parts.append(_text(f"not in any region: {len(run.rejections)} (reasons in report.html)", "dim"))
     parts += [_text(f"• {note}", limit=2000) for note in limits(run)]
     return Group(*parts)
 

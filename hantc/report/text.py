@@ -43,6 +43,11 @@ def plain(value: Any) -> Any:
     return finite(value) if isinstance(value, float) else value
 
 
+def plain_dict(value: dict[str, Any]) -> dict[str, Any]:
+    """`plain` of a dict."""
+    return {k: plain(v) for k, v in value.items()}
+
+
 def fmt_ms(value: float | None) -> str:
     """Milliseconds with three significant digits: `0.113 ms`, `3.11 ms`, `104 ms`."""
     value = finite(value)

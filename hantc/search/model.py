@@ -159,7 +159,7 @@ def _state(task: Task, reduced: _Reduced) -> tuple[pulp.LpProblem, dict[int, pul
     """The program in PuLP, figures scaled to about 1, and its pick variables by item index."""
     problem = task.problem
     lp = pulp.LpProblem("select", pulp.LpMinimize)
-    z = {i: lp.add_variable(f"z{i:07d}", cat=pulp.LpBinary) for i in reduced.score}
+    z = {i: _variable(lp, f"z{i:07d}", pulp.LpBinary) for i in reduced.score}
     crossing = _crossings(lp, problem, reduced)
     cost_unit, cost_scale = _unit(
         [*reduced.cost.values(), *(b.cost for _, b in crossing)], task.max_cost - problem.fixed_cost
@@ -200,11 +200,17 @@ def _state(task: Task, reduced: _Reduced) -> tuple[pulp.LpProblem, dict[int, pul
     return lp, z
 
 
+def _variable(lp: pulp.LpProblem, name: str, category: str) -> pulp.LpVariable:
+    """A variable in [0, 1]. PuLP 3.3.2 deprecates the constructor; what replaces it is not in 3.3.0."""
+    make = getattr(lp, "add_variable", pulp.LpVariable)
+    return make(name, 0, 1, cat=category)
+
+
 def _crossings(lp: pulp.LpProblem, problem: Problem, reduced: _Reduced) -> list[tuple[pulp.LpVariable, Border]]:
     """One variable per border on which the precision can change: 1 where it does."""
     if not any(problem.items[i].int8 for i in reduced.score):
         return []
-    return [(lp.add_variable(f"t{k:05d}", 0, 1), b) for k, b in enumerate(reduced.borders)]
+    return [(_variable(lp, f"t{k:05d}", pulp.LpContinuous), b) for k, b in enumerate(reduced.borders)]
 
 
 def _side(

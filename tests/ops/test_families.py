@@ -126,9 +126,9 @@ def test_skip_connection_only_where_shapes_match(spec: CandidateSpec) -> None:
         module = registry.build(spec, Signature(shape, out))
         assert sum(isinstance(m, Add) for m in module.modules()) == skips
         norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
-        first = {float(n.weight[0]) for n in norms[:-1]}
+        first = {n.weight[0].item() for n in norms[:-1]}
         assert first <= {1.0}
-        assert float(norms[-1].weight[0]) == pytest.approx(SKIP_GAMMA if skips else 1.0)
+        assert norms[-1].weight[0].item() == pytest.approx(SKIP_GAMMA if skips else 1.0)
 
 
 def _convs(spec: CandidateSpec, signature: Signature) -> list[Conv]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import sys
 from importlib.metadata import EntryPoint
 from types import MappingProxyType
 from typing import Any
@@ -59,8 +59,6 @@ NOT_A_FAMILY = dict
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, *attributes: str) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "fake_family_package", sys.modules[__name__])
     points = [EntryPoint(a.lower(), f"fake_family_package:{a}", registry.GROUP) for a in attributes]
 
@@ -68,7 +66,6 @@ def _install(monkeypatch: pytest.MonkeyPatch, *attributes: str) -> None:
         assert select == {"group": "hantc.candidates"}
         return points
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     monkeypatch.setattr(registry, "entry_points", entry_points)
 
 

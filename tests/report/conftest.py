@@ -105,8 +105,8 @@ def _summary(choices: list[dict[str, Any]]) -> dict[str, Any]:
         "target": "xeon",
         "device": {"cpu": "Intel(R) Xeon(R) Platinum 8481C", "flags": ["avx512f", "avx512_vnni"], "cores": 2,
                    "versions": [["onnxruntime", "1.31.0"]], "threads": 1, "notes": ["INT8 weights keep to 7 bits"]},
-        "data": {"source": "/data/cifar10", "labelled": True, "counts": {"train": 50000, "search": 1000, "validation": 4000},
-                 "notes": [], "synthetic": False},
+        "data": {"source": "/data/cifar10", "labelled": True, "notes": [],
+                 "counts": {"train": 50000, "search": 1000, "validation": 4000}, "synthetic": False},
         "seed": 0,
         "status": "done",
         "teacher": {"latency_ms": 3.11, "latency_iqr_ms": 0.06, "accuracy": 78.2, "size_bytes": 16_100_000,
@@ -118,10 +118,10 @@ def _summary(choices: list[dict[str, Any]]) -> dict[str, Any]:
         "speedup": 3.5747, "accuracy_drop": 1.1, "predicted_latency_ms": 0.91, "prediction_error": 0.046,
         "agreement": 0.931, "regions": len(choices), "choices": choices,
         "solver": {"name": "lagrangian+highs", "solutions": 12, "gap": 0.0001, "status": "optimal", "variables": 612},
-        "timings_s": {"match": 0.8, "cost": 42.5, "distill": 612.0, "score": 95.1, "select": 3.2, "finetune": 410.0, "verify": 12.1},
+        "timings_s": {"match": 0.8, "cost": 42.5, "distill": 612.0, "score": 95.1, "select": 3.2, "finetune": 410.0},
         "notes": ["Fine-tuned for 3 epochs."],
         "ops": {"teacher": {"Conv": 81, "Sigmoid": 49, "Mul": 65, "Add": 9, "Gemm": 1},
-                "student": {"Conv": 44, "Relu": 20, "Add": 11, "Gemm": 1, "QuantizeLinear": 18, "DequantizeLinear": 52}},
+                "student": {"Conv": 44, "Relu": 20, "Add": 11, "Gemm": 1, "QuantizeLinear": 18, "Clip": 52}},
     }  # fmt: skip
 
 
@@ -138,7 +138,8 @@ def no_data_changes() -> dict[str, Any]:
     choice = {"region": "stem", "kind": "stem", "candidate": "teacher_fold_pad", "precision": "fp32", "score": None,
               "cost_ms": 0.1, "teacher_cost_ms": 0.2, "runner_up": ""}  # fmt: skip
     return {
-        "data": None, "teacher": empty, "student": {**empty, "latency_ms": 2.8}, "baseline_int8": {"reason": "needs --data"},
+        "data": None, "teacher": empty, "student": {**empty, "latency_ms": 2.8},
+        "baseline_int8": {"reason": "needs --data"},
         "speedup": 1.107, "accuracy_drop": None, "predicted_latency_ms": None, "prediction_error": None,
         "agreement": 1.0, "choices": [choice], "solver": {}, "ops": {},
     }  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hantc.core.errors import UsageError
+from hantc.report import html as html_module
 from hantc.report.charts import Point, thin
 from hantc.report.html import write_report
 
@@ -62,7 +63,8 @@ def test_the_page_has_the_figures(run_folder: Path) -> None:
     path = write_report(run_folder)
     assert path == run_folder / "report.html"
     text = Page(path.read_text()).text
-    for figure in ("3.6×", "3.11 ms", "0.870 ms", "78.2 %", "77.1 %", "−1.10 points", "93.1 %", "2.53 ms", "1.23×", "4.6 %",
+    for figure in ("3.6×", "3.11 ms", "0.870 ms", "78.2 %",
+                   "77.1 %", "−1.10 points", "93.1 %", "2.53 ms", "1.23×", "4.6 %",
                    "blocks.0.0", "inverted_residual", "lagrangian+highs", "10 min 12 s", "classifier.1", "7 bits",
                    "Fine-tuned for 3 epochs.", "one image could not be read", "4000 validation images"):  # fmt: skip
         assert figure in text, figure
@@ -100,8 +102,9 @@ def test_the_same_run_gives_the_same_page(run_folder: Path) -> None:
 
 def test_names_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>\"' onload=x $a_b$ \x00\x1b \ud800"
-    folder = make_run(tmp_path / "r", n_regions=3, n_candidates=3, model=bad, target=bad, notes=[bad], status=bad, hantc_version=bad,
-                      solver={bad: bad}, timings_s={bad: 1.0}, ops={"teacher": {bad: 3}, "student": {}})  # fmt: skip
+    folder = make_run(tmp_path / "r", n_regions=3, n_candidates=3, model=bad, target=bad, notes=[bad], status=bad,
+                      hantc_version=bad, solver={bad: bad}, timings_s={bad: 1.0},
+                      ops={"teacher": {bad: 3}, "student": {}})  # fmt: skip
     for name in ("summary.json", "lut.json", "scores.json", "regions.json"):
         content = (folder / name).read_text()
         quoted = json.dumps(bad)[1:-1]
@@ -138,8 +141,9 @@ def test_a_run_without_data(bare_run: Path) -> None:
 
 def test_a_run_with_nothing_measured(make_run: MakeRun, tmp_path: Path) -> None:
     unknown = dict.fromkeys(("latency_ms", "latency_iqr_ms", "accuracy", "size_bytes", "params", "macs"))
-    folder = make_run(tmp_path / "r", teacher=unknown, student=unknown, baseline_int8=None, speedup=None, agreement=None,
-                      choices=[], data={"source": "synthetic", "labelled": False, "synthetic": True}, timings_s={})  # fmt: skip
+    folder = make_run(tmp_path / "r", teacher=unknown, student=unknown, baseline_int8=None, speedup=None,
+                      agreement=None, choices=[], timings_s={},
+                      data={"source": "synthetic", "labelled": False, "synthetic": True})  # fmt: skip
     text = Page(read(folder)).text
     assert "was not measured" in text
     assert "synthetic data" in text
@@ -158,17 +162,29 @@ def test_infinite_scores_are_left_out(run_folder: Path) -> None:
     assert "NaN" not in html and "Infinity" not in html
 
 
+def test_predicted_figures_are_never_called_measured(make_run: MakeRun, tmp_path: Path) -> None:
+    text = Page(read(make_run(tmp_path / "r", n_regions=2, predicted=True, backend="roofline"))).text
+    assert "3.6× faster on xeon, as predicted" in text
+    assert "predicted, not measured" in text
+    assert "nothing was timed" in text
+    assert "measured side by side" not in text
+    assert "roofline" in text
+
+
 def test_a_slower_student_is_said_to_be_slower(make_run: MakeRun, tmp_path: Path) -> None:
     assert "1.25× slower on xeon" in read(make_run(tmp_path / "r", n_regions=2, speedup=0.8))
 
 
-def test_many_regions_and_candidates_keep_the_page_small(make_run: MakeRun, tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "r", n_regions=64, n_candidates=40)
-    html = read(folder)
-    assert len(html) < 3_000_000
-    assert html.count("Candidates of ") == 60
-    assert "4 more regions have scores" in html
-    assert re.search(r"70 of \d+ shown", html) or "shown" not in html
+def test_many_regions_and_candidates_keep_the_page_small(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = html_module._MAX_PANELS
+    monkeypatch.setattr(html_module, "_MAX_PANELS", 4)
+    html = read(make_run(tmp_path / "r", n_regions=7, n_candidates=120))
+    assert html.count("Candidates of ") == 4
+    assert "3 more regions have scores" in html
+    assert len(re.findall(r"70 of \d+ shown", html)) == 4
+    assert len(html) / 4 * limit < 3_000_000
 
 
 def test_thinning_keeps_the_choice_and_the_front() -> None:
@@ -184,7 +200,7 @@ def test_thinning_keeps_the_choice_and_the_front() -> None:
 
 
 def test_errors_name_the_folder(tmp_path: Path, run_folder: Path) -> None:
-    with pytest.raises(UsageError, match="has no summary.json"):
+    with pytest.raises(UsageError, match="has no summary"):
         write_report(tmp_path)
     (run_folder / "front.json").write_text("nonsense")
     with pytest.raises(UsageError, match=r"front\.json"):

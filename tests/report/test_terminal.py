@@ -98,11 +98,13 @@ def test_explain_a_region_that_a_span_covers(run_folder: Path) -> None:
     data = facts.explain_region_data(run_folder, "span.0")
     assert data["choice"] is None
     assert data["covered_by"] == ["stem", "blocks.0.0"]
+    alone = [facts.explain_region_data(run_folder, name)["teacher_cost_ms"] for name in ("stem", "blocks.0.0")]
+    assert data["teacher_cost_ms"] == pytest.approx(sum(alone))
     assert "covered by stem, blocks.0.0" in show(terminal.explain_region(run_folder, "span.0"))
 
 
 def test_unknown_region_lists_the_names(run_folder: Path) -> None:
-    with pytest.raises(UsageError, match="no region 'blocks.0.9'") as caught:
+    with pytest.raises(UsageError, match=r"no region 'blocks\.0\.9'") as caught:
         terminal.explain_region(run_folder, "blocks.0.9")
     assert "did you mean blocks.0." in caught.value.hint
     assert all(name in caught.value.hint for name in ("stem", "blocks.0.0", "blocks.1.0"))

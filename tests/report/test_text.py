@@ -55,8 +55,8 @@ def test_clean_takes_out_what_drives_a_terminal() -> None:
 
 @pytest.mark.parametrize(
     ("candidate", "family"),
-    [("cb_stack_k3_w0.5", "cb_stack"), ("efnv2_e6_k3", "efnv2"), ("teacher_fold_pad", "teacher"), ("identity", "identity"),
-     ("low_rank_r0.25", "low_rank"), ("bot_trans_e0.5", "bot_trans")],
+    [("cb_stack_k3_w0.5", "cb_stack"), ("efnv2_e6_k3", "efnv2"), ("teacher_fold_pad", "teacher"),
+     ("identity", "identity"), ("low_rank_r0.25", "low_rank"), ("bot_trans_e0.5", "bot_trans")],
 )  # fmt: skip
 def test_family(candidate: str, family: str) -> None:
     assert fmt.family(candidate) == family

@@ -121,8 +121,10 @@ def constant_operand(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor
 
 def swap(gm: fx.GraphModule, node: fx.Node, leaf: Leaf) -> None:
     """Let `node` call `leaf` instead of its module; other callers of that module keep theirs."""
-    stem = str(node.target).replace(".", "_")
-    target = next(t for n in itertools.count() if not hasattr(gm, t := f"{stem}_r{n}"))
+    target = str(node.target)
+    if shared(gm, node):
+        stem = target.replace(".", "_")
+        target = next(t for n in itertools.count() if not hasattr(gm, t := f"{stem}_r{n}"))
     leaf.train(gm.training)
     gm.add_submodule(target, leaf)
     node.target = target

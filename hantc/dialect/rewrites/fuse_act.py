@@ -20,14 +20,18 @@ def _become(gm: fx.GraphModule, node: fx.Node, leaf: Leaf, x: fx.Node) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _gates(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """(gate, x) of a product, both ways round, where `gate` is computed from x in one step."""
+def _pairs(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The operands of a product, both ways round."""
     if len(node.args) != 2:
         return []
     left, right = node.args
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    pairs = ((right, left), (left, right))
-    return [(g, x) for g, x in pairs if g.op == "call_module" and g.all_input_nodes == [x]]
+    return [(right, left), (left, right)]
+
+
+def _gates(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """(gate, x) of a product where `gate` is computed from x in one step."""
+    return [(g, x) for g, x in _pairs(node) if g.op == "call_module" and g.all_input_nodes == [x]]
 
 
 def _products(gm: fx.GraphModule) -> list[fx.Node]:
@@ -43,7 +47,7 @@ class FuseSilu:
         """Fuse every product of a value and its own sigmoid."""
         log = Log(self.name)
         for node in _products(gm):
-            for gate, x in _gates(gm, node):
+            for gate, x in _gates(node):
                 leaf = leaf_of(gm, gate)
                 if not isinstance(leaf, Unary) or leaf.op != "Sigmoid":
                     continue
@@ -112,12 +116,10 @@ class FuseHardSwish:
             _become(gm, node, HardSigmoid(), x)
             return
         product = leaf_of(gm, inner)
-        if not isinstance(product, Binary) or product.op != "Mul" or len(inner.args) != 2:
+        if not isinstance(product, Binary) or product.op != "Mul":
             return
-        for x, clip in (inner.args, inner.args[::-1]):
-            found = _clipped(gm, clip) if isinstance(clip, fx.Node) else None
-            if not isinstance(x, fx.Node) or not isinstance(clip, fx.Node):
-                continue
+        for clip, x in _pairs(inner):
+            found = _clipped(gm, clip)
             if found is None or found[0] is not x:
                 continue
             if any(sole_user(n) is None for n in (inner, clip, found[1])):
@@ -128,7 +130,7 @@ class FuseHardSwish:
             return
 
     def _gate(self, gm: fx.GraphModule, log: Log, node: fx.Node) -> None:
-        for gate, x in _gates(gm, node):
+        for gate, x in _gates(node):
             leaf = leaf_of(gm, gate)
             if not isinstance(leaf, HardSigmoid):
                 continue

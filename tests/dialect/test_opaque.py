@@ -1,0 +1,162 @@
+"""Nodes that the dialect does not know: run by ONNX Runtime, emitted as they were."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import NodeProto, TensorProto, helper
+
+from hantc.core.errors import HantcError, UnsupportedError
+from hantc.dialect.emitter import emit, opaque_leaves
+from hantc.dialect.importer import import_model
+from hantc.dialect.opaque import Opaque
+
+if TYPE_CHECKING:
+    from tests.dialect.conftest import Dims, Models
+
+IMAGE: Dims = ("N", 4, 8, 8)
+
+
+def node(op: str, inputs: list[str], outputs: list[str], **attrs: Any) -> NodeProto:
+    return helper.make_node(op, inputs, outputs, **attrs)
+
+
+def conv_weight() -> dict[str, Any]:
+    return {"w": (np.random.default_rng(1).standard_normal((4, 4, 1, 1)) * 0.5).astype(np.float32)}
+
+
+def test_resize_is_opaque_and_survives(models: Models) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Resize", ["a", "", "s"], ["b"], mode="linear"),
+        node("Relu", ["b"], ["y"]),
+    ]
+    model = models.make(
+        nodes, {"x": IMAGE}, {"y": ["N", 4, 16, 16]}, conv_weight() | {"s": np.array([1, 1, 2, 2], np.float32)}
+    )
+    trip = models.trip(model)
+    assert trip.opaque == ["Resize"]
+    assert trip.ops == ["Conv", "Resize", "Relu"]
+    leaf = opaque_leaves(trip.module)[0][1]
+    assert leaf.reason == "no leaf for Resize" and list(leaf.constants) == ["s"]
+
+
+def test_upsample_of_opset_9(models: Models) -> None:
+    nodes = [node("Upsample", ["x", "s"], ["y"], mode="nearest")]
+    model = models.make(nodes, {"x": IMAGE}, ["y"], {"s": np.array([1, 1, 2, 2], np.float32)}, opset=9)
+    trip = models.trip(model)
+    assert trip.opaque == ["Upsample"]
+    with pytest.raises(UnsupportedError, match="Upsample of opset 9 cannot be written in opset 13"):
+        emit(trip.module, opset=13)
+
+
+def test_foreign_node_in_a_newer_opset(models: Models) -> None:
+    nodes = [node("Resize", ["x", "roi", "s"], ["y"], mode="nearest")]
+    constants: dict[str, Any] = {"roi": np.zeros(8, np.float32), "s": np.array([1, 1, 2, 2], np.float32)}
+    model = models.make(nodes, {"x": IMAGE}, ["y"], constants, opset=11)
+    module = import_model(model)
+    emitted = emit(module, opset=17).model
+    assert emitted.opset_import[0].version == 17 and emitted.ir_version >= 8
+    assert [n.op_type for n in emitted.graph.node] == ["Resize"]
+    again = import_model(emitted)
+    feeds = models.feeds(model)
+    assert np.array_equal(models.forward(module, feeds)[0], models.forward(again, feeds)[0])
+
+
+def test_einsum_of_two_values(models: Models) -> None:
+    nodes = [node("Einsum", ["x", "z"], ["y"], equation="nchw,nkhw->nck")]
+    assert models.trip(models.make(nodes, {"x": IMAGE, "z": IMAGE}, ["y"])).opaque == ["Einsum"]
+
+
+def test_topk_with_both_outputs(models: Models) -> None:
+    nodes = [
+        node("TopK", ["x", "k"], ["v", "i"], axis=1),
+        node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+        node("Add", ["v", "f"], ["y"]),
+    ]
+    trip = models.trip(models.make(nodes, {"x": ["N", 9]}, {"y": ["N", 3]}, {"k": np.array([3])}))
+    assert trip.opaque == ["TopK"]
+
+
+def test_topk_as_two_graph_outputs(models: Models) -> None:
+    nodes = [node("TopK", ["x", "k"], ["v", "i"], axis=1)]
+    model = models.make(nodes, {"x": ["N", 9]}, {"v": ["N", 3], "i": ["N", 3]}, {"k": np.array([3])})
+    model.graph.output[1].type.tensor_type.elem_type = TensorProto.INT64
+    assert models.trip(model).opaque == ["TopK"]
+
+
+def test_custom_domain(models: Models) -> None:
+    nodes = [node("FusedConv", ["x", "w"], ["a"], activation="Relu", domain="com.microsoft"), node("Exp", ["a"], ["y"])]
+    model = models.make(nodes, {"x": IMAGE}, {"y": IMAGE}, conv_weight(), domains={"com.microsoft": 1})
+    trip = models.trip(model)
+    assert trip.opaque == ["FusedConv"]
+    assert ("com.microsoft", 1) in [(o.domain, o.version) for o in trip.emitted.opset_import]
+
+
+def _branch(name: str, outer: str, op: str) -> onnx.GraphProto:
+    out = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)
+    return helper.make_graph([helper.make_node(op, [outer], [f"{name}_out"])], name, [], [out])
+
+
+def _if_model(models: Models, nodes: list[NodeProto], outputs: list[str]) -> onnx.ModelProto:
+    """If(max x > 3) Relu(conv) else Neg(conv); the value of the convolution is captured."""
+    choice = node("If", ["c"], ["y"], then_branch=_branch("then", "a", "Relu"), else_branch=_branch("else", "a", "Neg"))
+    total = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("ReduceMax", ["x"], ["m"], keepdims=0),
+        node("Greater", ["m", "t"], ["c"]),
+        choice,
+        *nodes,
+    ]
+    return models.make(total, {"x": IMAGE}, dict.fromkeys(outputs, IMAGE), conv_weight() | {"t": np.float32(3)})
+
+
+@pytest.mark.parametrize("level", [0.1, 10.0])
+def test_if_captures_outer_values(models: Models, level: float) -> None:
+    trip = models.trip(_if_model(models, [], ["y"]), x=np.full((2, 4, 8, 8), level, np.float32))
+    assert trip.opaque == ["Greater", "If"]
+
+
+def test_captured_value_that_is_also_an_output(models: Models) -> None:
+    """The captured tensor gets the output's name after the If was emitted."""
+    trip = models.trip(_if_model(models, [], ["a", "y"]))
+    assert trip.opaque == ["Greater", "If"]
+
+
+def test_sequences_between_foreign_nodes(models: Models) -> None:
+    nodes = [
+        node("SplitToSequence", ["x", "s"], ["q"], axis=1),
+        node("ConcatFromSequence", ["q"], ["y"], axis=2),
+    ]
+    trip = models.trip(models.make(nodes, {"x": IMAGE}, ["y"], {"s": np.array(2)}))
+    assert trip.opaque == ["SplitToSequence", "ConcatFromSequence"]
+
+
+def test_opaque_leaf_survives_deepcopy(models: Models) -> None:
+    module = import_model(models.make([node("Einsum", ["x"], ["y"], equation="nchw->nc")], {"x": IMAGE}, ["y"]))
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+
+
+def test_opaque_leaf_names_its_node_when_it_fails(models: Models) -> None:
+    model = models.make([node("Einsum", ["x"], ["y"], equation="nchw->nc")], {"x": IMAGE}, ["y"])
+    model.graph.node[0].name = "pooling"
+    module = import_model(model)
+    with pytest.raises(HantcError, match=r"pooling: .*Einsum"):
+        module(torch.randn(2, 4, 8))
+
+
+def test_computed_weights_stay_opaque(models: Models) -> None:
+    nodes = [node("Conv", ["x", "z"], ["y"])]
+    trip = models.trip(models.make(nodes, {"x": [1, 4, 8, 8], "z": [2, 4, 3, 3]}, ["y"]))
+    assert [leaf.reason for _, leaf in opaque_leaves(trip.module)] == ["weight of Conv is computed, not constant"]
+
+
+def test_opaque_leaf_describes_itself() -> None:
+    leaf = Opaque(node("Mish", ["x"], ["y"]), ("x",), {}, {"": 18}, "no leaf for Mish")
+    assert "Mish: no leaf for Mish" in repr(leaf)
