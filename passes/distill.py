@@ -27,6 +27,7 @@ from hantc.passes.engine import (
 )
 from hantc.passes.state import Context, Proposal, State, WeightMap
 
+DEFAULT_BUDGET = 0.5
 _RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 _MIN_GAIN = 0.92  # a candidate must cost at most this share of the teacher's operation to be trained
 _RECIPE = {"version": 2, "optimizer": "adam", "rate": _RATE, "loss": "relative_mse"}
@@ -46,52 +47,50 @@ class Job:
 
 
 def shortlist(
-    proposals: Sequence[Proposal], costs: CostTable, regions: Mapping[str, Region], per_region: int, per_span: int
+    proposals: Sequence[Proposal],
+    costs: CostTable,
+    regions: Mapping[str, Region],
+    places: tuple[int, int],
+    budget: float,
 ) -> tuple[list[Proposal], list[tuple[str, str, str, str]]]:
-    """The candidates worth training: cheaper than the teacher's operation, and the most capable (by MACs) in
-    their band of latency. Bands are evenly spaced in log latency. Also (region, candidate, precision, reason)
-    of those left out."""
-    rows = costs.by_key()
+    """The candidates worth training: cheaper than the teacher's operation, and the most capable (by MACs)
+    that fit under a few ceilings set around the asked `budget` (share of the teacher's latency). `places`:
+    ceilings per region and per span. Also (region, candidate, precision, reason) of those left out."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for row in costs.rows:
+        rows.setdefault((row.region, row.candidate), {})[row.precision] = row.latency_ms
     kept: list[Proposal] = []
     skipped: list[tuple[str, str, str, str]] = []
     by_region: dict[str, list[tuple[float, Proposal]]] = {}
     for p in proposals:
-        r = p.region
-        own = [c.latency_ms for k, c in rows.items() if k[0] == r and k[1] == p.spec.name]
-        teacher = min((c.latency_ms for k, c in rows.items() if k[0] == r and k[1] == "teacher"), default=math.inf)
-        best = min(own, default=math.inf)
-        if best > _MIN_GAIN * teacher:
-            skipped.append((r, p.spec.name, "*", f"not faster: {best:.3f} ms against the teacher's {teacher:.3f} ms"))
+        teacher = rows[p.region, "teacher"]
+        best = min(rows.get((p.region, p.spec.name), {"": math.inf}).values())
+        bar = min(teacher.values())
+        if best > _MIN_GAIN * bar:
+            skipped.append((p.region, p.spec.name, "*", f"not faster: {best:.3f} ms against the teacher's {bar:.3f} ms"))
         elif p.spec.family == "identity":
             kept.append(p)
         else:
-            by_region.setdefault(r, []).append((best, p))
-    for r, options in by_region.items():
-        places = per_region if len(regions[r].atoms) == 1 else per_span
-        chosen = _bands(options, places)
+            by_region.setdefault(p.region, []).append((best / teacher["fp32"], p))
+    for name, options in by_region.items():
+        chosen = _under_ceilings(options, places[len(regions[name].atoms) > 1], budget)
         kept += chosen
         names = {c.spec.name for c in chosen}
-        skipped += [
-            (r, p.spec.name, "*", "a candidate of equal latency has more capacity") for _, p in options if p.spec.name not in names
-        ]
+        reason = "another of no more latency has more capacity"
+        skipped += [(name, p.spec.name, "*", reason) for _, p in options if p.spec.name not in names]
     return kept, skipped
 
 
-def _bands(options: Sequence[tuple[float, Proposal]], places: int) -> list[Proposal]:
-    low = min(math.log(max(t, 1e-6)) for t, _ in options)
-    high = max(math.log(max(t, 1e-6)) for t, _ in options)
-    width = (high - low) / places or 1.0
-    best: dict[int, tuple[float, Proposal]] = {}
-    for t, p in options:
-        band = min(places - 1, int((math.log(max(t, 1e-6)) - low) / width))
-        if band not in best or (p.macs, -t) > (best[band][1].macs, -best[band][0]):
-            best[band] = (t, p)
-    # a dearer band whose champion is no more capable than a cheaper one's is a waste of training
-    front: list[Proposal] = []
-    for band in sorted(best):
-        if not front or best[band][1].macs > front[-1].macs:
-            front.append(best[band][1])
-    return front
+def _under_ceilings(options: Sequence[tuple[float, Proposal]], places: int, budget: float) -> list[Proposal]:
+    """The candidate of most MACs under each of `places` latency ceilings, from 1.2 of the budget downwards."""
+    chosen: dict[str, Proposal] = {}
+    for i in range(places):
+        ceiling = 1.2 * budget * 0.6**i
+        fit = [(p.macs, -t, p) for t, p in options if t <= ceiling]
+        best = max(fit, default=None, key=lambda f: (f[0], f[1], f[2].spec.name))
+        best = best or min(((t, -p.macs, p) for t, p in options), key=lambda f: (f[0], f[1]))  # none fits: the cheapest
+        chosen[best[2].spec.name] = best[2]
+    return list(chosen.values())
 
 
 class Distill:
@@ -107,9 +106,9 @@ class Distill:
         if ctx.data is None:
             return replace(state, weights={})
         regions = {r.name: r for r in state.match.regions}
-        kept, skipped = shortlist(
-            state.proposals or (), state.costs, regions, ctx.effort.per_region, ctx.effort.per_span
-        )
+        places = (ctx.effort.per_region, ctx.effort.per_span)
+        budget = min(1.0, wanted_ms(state.costs, ctx) / state.costs.teacher_ms)
+        kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget)
         weights: dict[tuple[str, str], WeightMap] = {}
         jobs: list[Job] = []
         for p in kept:
@@ -131,12 +130,19 @@ class Distill:
                 ctx.note(f"{job.region.name} {job.spec.name} dropped: {job.dead}")
                 skipped.append((job.region.name, job.spec.name, "*", job.dead))
                 continue
-            tensors = {k: v.detach().cpu() for k, v in job.module.state_dict().items()}
+            tensors = {k: v.detach().cpu().contiguous() for k, v in job.module.state_dict().items()}
             ctx.store.put_tensors("weights", job.key, {k: v.numpy() for k, v in tensors.items()})
             weights[job.region.name, job.spec.name] = tensors
         ctx.reporter.event("distill", trained=len(jobs), reused=len(kept) - len(jobs))
         table = replace(state.costs, skipped=state.costs.skipped + tuple(skipped))
         return replace(state, weights=weights, costs=table)
+
+
+def wanted_ms(costs: CostTable, ctx: Context) -> float:
+    """The latency asked for, in milliseconds (default: half the teacher's)."""
+    if ctx.config.budget is not None:
+        return ctx.config.budget.in_ms(costs.teacher_ms)
+    return DEFAULT_BUDGET * costs.teacher_ms
 
 
 def weights_key(state: State, ctx: Context, p: Proposal) -> str:
@@ -159,7 +165,7 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
     """Train all jobs side by side on the teacher's activations (phase 1 of the paper, §3.2): relative squared
     error, Adam, cosine; as many steps as the time share allows."""
     taps = sorted({j.region.input for j in jobs} | {j.region.output for j in jobs})
-    tapped = with_taps(network, taps)
+    tapped = with_taps(network, taps).to(memory_format=torch.channels_last)
     sample = example_inputs(network.meta["info"], 2)[0]
     kind = output_kind(network, sample, data.num_classes)
     augment = augmentation(network, data, kind)
@@ -174,7 +180,7 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
             values = _activations(tapped, taps, x)
             if box.step == 0:
                 for j in jobs:
-                    j.module.train()
+                    j.module.to(memory_format=torch.channels_last).train()
                     calibrate_norm(j.module, values[j.region.output], values[j.region.input])
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)

@@ -97,6 +97,11 @@ def augmentation(network: fx.GraphModule, data: Dataset, kind: OutputKind, batch
     return Augment(shift=shift, flip=flip)
 
 
+def fast_layout(x: Tensor) -> Tensor:
+    """Images channels-last in memory: a quarter faster in torch's CPU convolutions."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
 def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Endless shuffled batches of `size` (short last batches are left out unless there is only one)."""
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +109,8 @@ def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Itera
     while True:
         order = torch.randperm(n, generator=generator)
         for i in range(0, max(n - size + 1, 1), size):
-            yield split.batch(order[i : i + size].tolist(), augment=augment, generator=generator)
+            x, y = split.batch(order[i : i + size].tolist(), augment=augment, generator=generator)
+            yield fast_layout(x), y
 
 
 class TimeBox:
@@ -152,7 +158,9 @@ def evaluate(
     with torch.no_grad():
         for i in range(0, n, batch):
             x, y = split.batch(list(range(i, min(n, i + batch))))
-            s, t = first_output(module(x)), first_output(teacher(x))
+            x = fast_layout(x)
+            s = first_output(module(x))
+            t = s if module is teacher else first_output(teacher(x))
             sums["kl"] += float(divergence(kind, s, t).sum())
             if kind.classifier:
                 sums["agreement"] += float((s.argmax(1) == t.argmax(1)).sum())

@@ -26,6 +26,7 @@ from hantc.passes.engine import (
     divergence,
     epochs,
     evaluate,
+    fast_layout,
     first_output,
     output_kind,
     relative_mse,
@@ -38,8 +39,9 @@ _OLD_RATE = 0.3  # share of it for what was the teacher's: that is nearly right 
 _FEATURES = 1.0  # weight of the region outputs' relative error at the start; falls to zero over the first part
 _FEATURE_SHARE = 0.7
 _EMA = 0.995  # decay of the running average of the weights that is evaluated and kept
+_ROUND_FROM = 0.5  # share of the steps after which INT8 regions round in training too
 _CHECKS = 12  # evaluations on the search split
-_RECIPE = {"version": 1, "rate": _RATE, "old": _OLD_RATE, "features": [_FEATURES, _FEATURE_SHARE], "ema": _EMA}
+_RECIPE = {"version": 2, "rate": _RATE, "old": _OLD_RATE, "features": [_FEATURES, _FEATURE_SHARE], "ema": _EMA}
 
 
 class Finetune:
@@ -72,7 +74,7 @@ class Finetune:
             history = ctx.store.get_json("history", key) or []
             return replace(state, student=student, history=tuple(history))
         history = tune(state, ctx, ctx.data, student)
-        ctx.store.put_tensors("finetuned", key, {k: v.detach().numpy() for k, v in student.state_dict().items()})
+        ctx.store.put_tensors("finetuned", key, {k: v.detach().contiguous().numpy() for k, v in student.state_dict().items()})
         ctx.store.put_json("history", key, history)
         return replace(state, student=student, history=tuple(history))
 
@@ -103,11 +105,12 @@ def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> 
     held = [c.region for c in state.plan.choices if c.region in names]
     if opaque_leaves(network):
         ctx.note("opaque operations pass no gradient: fine-tuning works on the regions before them")
-    teacher = with_taps(network, [state.match.region(r).output for r in held])
+    teacher = with_taps(network, [state.match.region(r).output for r in held]).to(memory_format=torch.channels_last)
+    student.to(memory_format=torch.channels_last)
     view = rounded_view(student, blueprint, reduce_range=reduce_range)
     tapped = with_taps(view, held)
     augment = augmentation(network, data, kind)
-    _observe(view, data)
+    _rounding(view, False)
     size = min(ctx.effort.batch_size, len(data.train))
     steps = ctx.effort.finetune_epochs * max(1, len(data.train) // size)
     seconds = min(ctx.effort.finetune_share * ctx.clock.limit_s * 1.3, 0.85 * ctx.clock.remaining())
@@ -137,6 +140,7 @@ def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> 
                 checks = int(box.progress * _CHECKS)
                 best = _check(best, student, average, view, network, data, kind, ctx, history, box)
                 _observe(view, data)
+                _rounding(view, box.progress >= _ROUND_FROM)
             if not more:
                 break
     student.load_state_dict(best[1])
@@ -181,7 +185,14 @@ def _observe(view: fx.GraphModule, data: Dataset) -> None:
         q.low.zero_()
         q.high.zero_()
     with observing(view), torch.no_grad():
-        view(data.train.batch(list(range(min(len(data.train), 128))))[0])
+        view(fast_layout(data.train.batch(list(range(min(len(data.train), 128))))[0]))
+
+
+def _rounding(view: fx.GraphModule, on: bool) -> None:
+    """Switch the INT8 regions' rounding: training begins without it, which is faster and steadier."""
+    for q in view.modules():
+        if isinstance(q, ActivationQuant):
+            q.observing = not on
 
 
 def _check(

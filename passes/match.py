@@ -22,6 +22,7 @@ from hantc.dialect.shape import Concat
 from hantc.passes.state import Context, State
 
 _SOURCE, _SINK = "<source>", "<sink>"
+_DEEP = 20  # atoms
 _BATCH = 2  # shapes are inferred at this batch, so that a dim that follows the batch shows
 
 
@@ -41,7 +42,7 @@ class _Element:
 class Matcher:
     """Finds regions of one graph with dominators and post-dominators."""
 
-    def __init__(self, module: fx.GraphModule, *, max_span: int = 3) -> None:
+    def __init__(self, module: fx.GraphModule, *, max_span: int | None = None) -> None:
         self.module, self.max_span = module, max_span
         self.shapes = shapes_of(module, example_inputs(module.meta["info"], _BATCH))
         self.order = {n.name: i for i, n in enumerate(module.graph.nodes)}
@@ -221,7 +222,7 @@ class Matcher:
                 self._reject(es, made)
             else:
                 atoms.append((made, es))
-        joined = self._dense_blocks(atoms) + self._spans(atoms)
+        joined = self._dense_blocks(atoms) + self._spans(atoms, self.max_span or (2 if len(atoms) > _DEEP else 3))
         regions = [self._with_parent(r, joined) for r, _ in atoms] + joined
         return MatchResult(tuple(regions), tuple(self._merged()), len(atoms))
 
@@ -246,10 +247,10 @@ class Matcher:
             run = [item] if item is not None and item[0].kind == "dense_layer" else []
         return [r for r in found if r is not None]
 
-    def _spans(self, atoms: list[tuple[Region, list[_Element]]]) -> list[Region]:
+    def _spans(self, atoms: list[tuple[Region, list[_Element]]], longest: int) -> list[Region]:
         spannable = {"residual", "inverted_residual", "plain_conv", "downsample"}
         found = []
-        for length in range(2, self.max_span + 1):
+        for length in range(2, longest + 1):
             for i in range(len(atoms) - length + 1):
                 run = atoms[i : i + length]
                 regions = [r for r, _ in run]
@@ -273,8 +274,9 @@ class Matcher:
         return merged
 
 
-def match_regions(module: fx.GraphModule, *, max_span: int = 3) -> MatchResult:
-    """Regions of a graph module of leaves (DESIGN §5); spans join up to `max_span` neighbouring blocks."""
+def match_regions(module: fx.GraphModule, *, max_span: int | None = None) -> MatchResult:
+    """Regions of a graph module of leaves (DESIGN §5); spans join up to `max_span` neighbouring blocks (by
+    default three, in deep networks two: their pairs alone double the candidates)."""
     return Matcher(module, max_span=max_span).match()
 
 

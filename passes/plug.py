@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from hantc.core.types import CandidateSpec, Region, Signature
@@ -50,7 +49,3 @@ def replace_regions(
     made.meta["info"] = network.meta["info"]
     return made
 
-
-def load_weights(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Load trained tensors of equal names and shapes."""
-    module.load_state_dict(dict(tensors))

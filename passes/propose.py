@@ -56,6 +56,8 @@ class Propose:
         skipped: list[tuple[str, str, str]] = []
         for name, family in families().items():
             for spec, reason in family.survey(signature):
+                if name == "identity" and len(region.atoms) > 1:
+                    reason = "the same as an identity for each block of the span"
                 macs, params = family.estimate(spec, signature) if not reason else (0, 0)
                 if not reason and macs > _MAX_MACS * max(region.macs, 1):
                     reason = f"{macs / max(region.macs, 1):.1f}× the teacher's multiplications: cannot be faster"

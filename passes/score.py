@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hantc.core.types import Region, ScoreRow, digest
+from hantc.core.types import CostRow, Region, ScoreRow, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
@@ -71,7 +71,7 @@ class Score:
         costs = state.costs.by_key()
         proposals = {(p.region, p.spec.name): p for p in state.proposals or ()}
         wanted = [(r, "teacher", "int8") for r in state.match.regions if "int8" in ctx.precisions]
-        wanted += [(state.match.region(r), c, p) for r, c in state.weights for p in ctx.precisions]
+        wanted += [(state.match.region(r), c, self._cheaper(costs, r, c)) for r, c in state.weights]
         stored_rows: list[ScoreRow] = []
         entries: list[_Entry] = []
         for region, candidate, precision in wanted:
@@ -94,6 +94,12 @@ class Score:
         return stored_rows, entries
 
     @staticmethod
+    def _cheaper(costs: Mapping[tuple[str, str, str], CostRow], region: str, candidate: str) -> str:
+        """The precision to score a candidate in: the other one is dearer, and not better by enough to matter."""
+        times = {p: row.latency_ms for (r, c, p), row in costs.items() if (r, c) == (region, candidate)}
+        return min(times, key=lambda p: times[p], default="fp32")
+
+    @staticmethod
     def _key(state: State, ctx: Context, region: Region, proposal: Proposal | None, precision: str) -> str:
         assert ctx.data is not None
         base = {
@@ -110,7 +116,7 @@ class Score:
 
     def _score(self, state: State, ctx: Context, data: Dataset, entries: Sequence[_Entry]) -> list[ScoreRow]:
         assert state.network is not None
-        network = state.network
+        network = state.network.to(memory_format=torch.channels_last)
         kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
         n = min(ctx.effort.score_images, len(data.search))
         base: list[Tensor] = []
@@ -136,7 +142,7 @@ class Score:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Score every entry on one batch; yields the teacher's own (loss, hits) once."""
         taps = sorted({e.region.input for e in entries} | {e.region.output for e in entries})
-        outputs, values = with_taps(network, taps)(x)
+        outputs, values = with_taps(network, taps)(x.to(memory_format=torch.channels_last))
         tapped = dict(zip(taps, values, strict=True))
         t = first_output(outputs)
         names = [a.name for a in next(n for n in network.graph.nodes if n.op == "output").all_input_nodes]

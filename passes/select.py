@@ -17,13 +17,13 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import observing
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
 from hantc.passes.cost import Meter
+from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import evaluate, output_kind
 from hantc.passes.state import Context, Evaluated, State
 from hantc.search.ilp import solve, solve_diverse
 from hantc.search.pareto import reachable, solve_for_score
 from hantc.search.problem import Border, Item, Problem, Solution, clean
 
-_DEFAULT_BUDGET = 0.5
 _GAP = 0.005
 _SOLVER_S = 30.0
 _ROUNDS = 3  # of measuring students and correcting the table
@@ -142,10 +142,7 @@ class Select:
     @staticmethod
     def _budget(state: State, ctx: Context) -> float:
         assert state.costs is not None
-        teacher = state.costs.teacher_ms
-        if ctx.config.budget is not None:
-            return ctx.config.budget.in_ms(teacher)
-        return teacher if ctx.config.max_drop is not None else _DEFAULT_BUDGET * teacher
+        return state.costs.teacher_ms if ctx.config.max_drop is not None else wanted_ms(state.costs, ctx)
 
     @staticmethod
     def _solve(problem: Problem, ctx: Context) -> list[Solution]:

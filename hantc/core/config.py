@@ -104,7 +104,7 @@ class EffortSettings:
 
 
 EFFORTS: dict[str, EffortSettings] = {
-    "quick": EffortSettings(480, 3, 1, 12, 0.30, 12, 6, 0.35, 60, 400),
-    "standard": EffortSettings(1500, 4, 2, 16, 0.33, 20, 10, 0.42, 120, 1000),
-    "thorough": EffortSettings(9000, 6, 3, 32, 0.35, 40, 30, 0.45, 200, 2000),
+    "quick": EffortSettings(480, 2, 1, 20, 0.30, 12, 6, 0.40, 60, 300),
+    "standard": EffortSettings(1500, 2, 1, 32, 0.30, 20, 10, 0.45, 120, 400),
+    "thorough": EffortSettings(9000, 4, 3, 60, 0.35, 40, 30, 0.45, 200, 1500),
 }

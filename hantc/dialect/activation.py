@@ -177,7 +177,7 @@ class Clip(Leaf):
 
 
 class Softmax(Leaf):
-    """Softmax over one axis."""
+    """Softmax over one axis. `rank` of the value, where known, tells whether that is the last."""
 
     ops: ClassVar[tuple[str, ...]] = ("Softmax",)
 
@@ -197,10 +197,13 @@ class Softmax(Leaf):
             rank = node.rank()
             if axis % rank != rank - 1:
                 raise UnsupportedError("Softmax over several dims at once (opset below 13)")
-            axis = rank - 1
+            return cls(rank - 1, rank)
         return cls(axis)
 
     def emit(self, e: EmitContext, xs: list[gs.Tensor]) -> gs.Variable:
+        last = self.axis == -1 or (self.rank is not None and self.axis == self.rank - 1)
+        if e.opset < 13 and not last:
+            raise UnsupportedError("Softmax over an inner dim needs opset 13", hint="export the model with opset 13")
         return e.node("Softmax", xs, {"axis": self.axis})
 
 

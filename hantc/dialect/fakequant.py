@@ -18,27 +18,12 @@ from hantc.dialect.elementwise import Binary
 from hantc.dialect.linear import Linear
 
 
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
-
-
-def _round(x: Tensor) -> Tensor:
-    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
-    return rounded
-
-
 def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
     """Symmetric rounding per output channel (dim 0) to `bits` bits."""
     top = 2 ** (bits - 1) - 1
     scale = weight.detach().abs().flatten(1).amax(1).clamp_min(1e-12) / top
-    scale = scale.view(-1, *([1] * (weight.dim() - 1)))
-    return _round(weight / scale).clamp(-top, top) * scale
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -top, top)
 
 
 class ActivationQuant(nn.Module):
@@ -60,8 +45,8 @@ class ActivationQuant(nn.Module):
             self.high = torch.maximum(self.high, x.detach().amax())
             return x
         scale = ((self.high - self.low) / 255).clamp_min(1e-12)
-        zero = torch.round(-self.low / scale)
-        return (torch.clamp(_round(x / scale) + zero, 0, 255) - zero) * scale
+        zero = torch.round(-self.low / scale).to(torch.int32)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
 
 class QuantizedProduct(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from onnx import NodeProto, TensorProto, helper
 
-from hantc.core.errors import HantcError, ModelError
+from hantc.core.errors import HantcError, ModelError, UnsupportedError
 from hantc.dialect.activation import Softmax
 from hantc.dialect.conv import Conv
 from hantc.dialect.emitter import emit, opaque_leaves
@@ -222,6 +223,14 @@ def test_emitting_what_is_no_leaf(models: Models) -> None:
 def test_old_softmax_over_several_dims_is_opaque(models: Models) -> None:
     trip = models.trip(models.make([node("Softmax", ["x"], ["y"], axis=2)], {"x": IMAGE}, {"y": IMAGE}, opset=11))
     assert "several dims" in opaque_leaves(trip.module)[0][1].reason
+
+
+def test_softmax_over_channels_cannot_be_written_before_opset_13() -> None:
+    module = trace(torch.nn.Sequential(Softmax(1)), (4, 8, 8), (4, 8, 8))
+    assert emit(module).model.graph.node[0].attribute[0].i == 1
+    module.meta["info"] = replace(module.meta["info"], opset=11)
+    with pytest.raises(UnsupportedError, match="needs opset 13"):
+        emit(module)
 
 
 def test_old_softmax_becomes_native_once_shapes_are_known(models: Models) -> None:

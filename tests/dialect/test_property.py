@@ -14,8 +14,9 @@ from hantc.dialect.activation import activation
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Add, Mul
 from hantc.dialect.emitter import emit, opaque_leaves
-from hantc.dialect.graph import count_params, module_macs, trace
+from hantc.dialect.graph import module_macs, trace
 from hantc.dialect.importer import import_model
+from hantc.dialect.leaf import Leaf
 from hantc.dialect.linear import Linear
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.pool import GlobalPool, Pool, Reduce
@@ -35,7 +36,8 @@ class Residual(nn.Module):
     def __init__(self, body: nn.Module, join: str) -> None:
         super().__init__()
         self.body = body
-        self.join = {"add": Add, "mul": Mul, "concat": lambda: Concat(1, 2)}[join]()
+        joins: dict[str, Leaf] = {"add": Add(), "mul": Mul(), "concat": Concat(1, 2)}
+        self.join = joins[join]
 
     def forward(self, x: Tensor) -> Tensor:
         joined: Tensor = self.join(x, self.body(x))
@@ -100,12 +102,12 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, int]:
     for _ in range(draw(st.integers(1, 6))):
         layer, channels, size = draw(layers(channels, size))
         body.append(layer)
-    heads = {
-        "global": lambda: [GlobalPool(), Flatten()],
-        "mean": lambda: [Reduce("ReduceMean", (2, 3), keepdims=False)],
-        "max": lambda: [GlobalPool("GlobalMaxPool"), Reshape((channels,), keep_batch=True)],
+    heads: dict[str, list[Leaf]] = {
+        "global": [GlobalPool(), Flatten()],
+        "mean": [Reduce("ReduceMean", (2, 3), keepdims=False)],
+        "max": [GlobalPool("GlobalMaxPool"), Reshape((channels,), keep_batch=True)],
     }
-    body += heads[draw(st.sampled_from(sorted(heads)))]()
+    body += heads[draw(st.sampled_from(sorted(heads)))]
     outputs = draw(st.integers(1, 4))
     body.append(Linear(channels, outputs, bias=draw(st.booleans()), gemm=draw(st.booleans())))
     return nn.Sequential(*body).eval(), outputs
@@ -115,7 +117,7 @@ def _close(wanted: Tensor, got: Tensor) -> bool:
     return wanted.shape == got.shape and float((wanted - got).abs().max()) <= 1e-4 * max(1.0, float(wanted.abs().max()))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(drawn=networks(), seed=st.integers(0, 2**31), batch=st.integers(1, 3))
 def test_random_networks(models: Models, drawn: tuple[nn.Module, int], seed: int, batch: int) -> None:
     network, outputs = drawn
@@ -130,6 +132,5 @@ def test_random_networks(models: Models, drawn: tuple[nn.Module, int], seed: int
         assert _close(wanted, again(x)), "imported"
         assert _close(wanted, made(x)), f"normalised: {[a.note for a in applied]}"
     assert opaque_leaves(again) == []
-    assert count_params(again) >= count_params(module)  # a Gemm without bias is written with one of zeros
     assert module_macs(again, (3, SIZE, SIZE)) == module_macs(module, (3, SIZE, SIZE))
     models.trip(emitted, batch=batch)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from hantc.core.types import ModelInfo
 from hantc.dialect.examples import example_inputs
-from hantc.dialect.graph import leaf_of
+from hantc.dialect.graph import leaf_of, tidy
 from hantc.dialect.leaf import Leaf
 
 L = TypeVar("L", bound=nn.Module)
@@ -70,9 +70,10 @@ class Log:
         """Record a near-match."""
         self.missed.append(Missed(self.rewrite, tuple(n.name for n in nodes), reason))
 
-    @property
-    def outcome(self) -> Outcome:
-        """What `Rewrite.apply` returns."""
+    def finish(self, gm: fx.GraphModule) -> Outcome:
+        """What `Rewrite.apply` returns; the graph, if changed, is cleaned and compiled."""
+        if self.applied:
+            tidy(gm)
         return self.applied, self.missed
 
 

@@ -43,7 +43,9 @@ def _moves_nothing(leaf: nn.Module, node: fx.Node, x: fx.Node, lazy: Lazy) -> st
         return "padded by nothing"
     if isinstance(leaf, Concat) and len(node.args) == 1:
         return "joined one value"
-    if isinstance(leaf, Reshape | Flatten) and _same_shape(node, x, lazy):
+    # (2, -1) would look the same at the example's batch of two, and only there
+    follows = not isinstance(leaf, Reshape) or leaf.keep_batch or leaf.shape[0] in (0, -1)
+    if isinstance(leaf, Reshape | Flatten) and follows and _same_shape(node, x, lazy):
         return "reshaped to the same shape"
     if isinstance(leaf, Slice) and _same_shape(node, x, lazy) and _off_batch(leaf.axes, x, lazy):
         return "cut off nothing"
@@ -89,17 +91,20 @@ class DropNoops:
                 self._binary(gm, log, lazy, node, leaf)
         for node, transpose in calls(gm, Transpose):
             self._transposes(gm, log, node, transpose)
-        return log.outcome
+        return log.finish(gm)
 
     def _binary(self, gm: fx.GraphModule, log: Log, lazy: Lazy, node: fx.Node, leaf: Binary) -> None:
         operand = constant_operand(gm, node)
         if operand is None or not _neutral(leaf.op, operand[1], operand[2]):
             return
         x, value, _ = operand
-        if value.dim() == 0 or _same_shape(node, x, lazy):
+        shape = lazy.shape(x)
+        if value.dim() and shape and value.dim() >= len(shape) and value.shape[0] != 1:
+            log.miss("its constant changes no value, but fixes the batch", node)
+        elif value.dim() == 0 or _same_shape(node, x, lazy):
             log.did(f"{leaf.op} changed nothing", node)
             bypass(node, x)
-        elif lazy.shape(x) is None:
+        elif shape is None:
             log.miss("its constant changes no value, but may broadcast (sizes are unknown)", node)
 
     def _transposes(self, gm: fx.GraphModule, log: Log, node: fx.Node, second: Transpose) -> None:

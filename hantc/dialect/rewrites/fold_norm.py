@@ -167,7 +167,7 @@ class FoldNorm:
             scale = norm.weight.detach().double() / torch.sqrt(variance)
             shift = norm.bias.detach().double() - norm.running_mean.double() * scale
             _fold(gm, log, node, source(node), Affine(scale, shift), forward=True)
-        return log.outcome
+        return log.finish(gm)
 
 
 def _affine(op: str, value: Tensor, constant_right: bool) -> Affine | None:
@@ -226,4 +226,4 @@ class FoldAffine:
                 log.miss(reason, node)
                 continue
             _fold(gm, log, node, origin, affine, forward=False)
-        return log.outcome
+        return log.finish(gm)

@@ -86,7 +86,7 @@ class FoldPad:
                     swap(gm, user, _padded(leaf, _sum(leaf.pads, more)))
             log.did(f"folded into {', '.join(u.name for u in users)}", node, *users)
             bypass(node, x)
-        return log.outcome
+        return log.finish(gm)
 
 
 def _padded(pool: Pool, pads: tuple[int, ...]) -> Pool:

@@ -57,7 +57,7 @@ class FuseSilu:
                 log.did(f"with {gate.name} became Silu", node, gate)
                 _become(gm, node, Silu(), x)
                 break
-        return log.outcome
+        return log.finish(gm)
 
 
 def _scaled_by_sixth(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -100,7 +100,7 @@ class FuseHardSwish:
         for node in _products(gm):
             if not node._erased:
                 self._gate(gm, log, node)
-        return log.outcome
+        return log.finish(gm)
 
     def _sixth(self, gm: fx.GraphModule, log: Log, node: fx.Node) -> None:
         inner = _scaled_by_sixth(gm, node)
@@ -156,4 +156,4 @@ class ClipToRelu:
             if clip.low == 0 and clip.high == math.inf:
                 swap(gm, node, Unary("Relu"))
                 log.did("became Relu", node)
-        return log.outcome
+        return log.finish(gm)

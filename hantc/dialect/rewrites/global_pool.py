@@ -24,7 +24,7 @@ class MakeGlobalPool:
                 self._reduce(gm, log, lazy, node, reduce)
         for node, pool in calls(gm, Pool):
             self._pool(gm, log, lazy, node, pool)
-        return log.outcome
+        return log.finish(gm)
 
     def _reduce(self, gm: fx.GraphModule, log: Log, lazy: Lazy, node: fx.Node, reduce: Reduce) -> None:
         known = lazy(source(node))

@@ -92,4 +92,4 @@ class MergeConvs:
             swap(gm, b, merged)
             b.args = a.args
             gm.graph.erase_node(a)
-        return log.outcome
+        return log.finish(gm)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from torch import fx
 
 from hantc.core.errors import HantcError
-from hantc.dialect.graph import tidy
 from hantc.dialect.rewrites.base import Applied, Missed, Rewrite
 from hantc.dialect.rewrites.registry import REWRITES
 
@@ -28,7 +27,6 @@ def normalize(
         missed: list[Missed] = []
         for rewrite in rewrites:
             did, not_done = rewrite.apply(made)
-            tidy(made)
             done += did
             missed += not_done
         applied += done

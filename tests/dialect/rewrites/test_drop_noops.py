@@ -21,6 +21,7 @@ CONSTANTS: dict[str, Any] = {
     "zero": np.array([0], np.float32),
     "zeros": np.zeros((1, 4, 8, 8), np.float32),
     "same": np.array([-1, 4, 8, 8]),
+    "pair": np.array([2, -1, 8, 8]),
     "keep": np.array([0, 4, 64]),
     "back": np.array([0, 4, 8, 8]),
     "nopads": np.zeros(8, np.int64),
@@ -125,6 +126,7 @@ def test_cancelled_transpose_whose_first_half_is_needed(rewriting: Rewriting) ->
     "kept",
     [
         node("Reshape", ["x", "keep"], ("y",)),
+        node("Reshape", ["x", "pair"], ("y",)),
         node("Transpose", ["x"], ("y",), perm=[0, 1, 3, 2]),
         node("Sub", ["zero", "x"], ("y",)),
         node("Div", ["one", "x"], ("y",)),
@@ -143,6 +145,14 @@ def test_kept(rewriting: Rewriting, kept: NodeProto) -> None:
 def test_constant_that_broadcasts(rewriting: Rewriting) -> None:
     r = rewriting.run(DropNoops(), [node("Mul", ["x", "ones"], ("y",))], CONSTANTS, x=("N", 1, 8, 8))
     assert r.after == ["Mul"] and r.applied == []
+
+
+def test_constant_that_fixes_the_batch(rewriting: Rewriting) -> None:
+    nodes = [node("Mul", ["x", "pairs"], ("y",))]
+    module = rewriting.graph(nodes, {"pairs": np.ones((2, 1, 1, 1), np.float32)})
+    applied, missed = DropNoops().apply(module)
+    assert applied == [] and "fixes the batch" in missed[0].reason
+    assert len(module(torch.ones(1, 4, 8, 8).double())) == 2, "dropping it would have changed this"
 
 
 def test_open_sizes_are_a_reason(rewriting: Rewriting) -> None:
