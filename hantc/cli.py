@@ -3,76 +3,94 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hantc import __version__
-from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration
+from hantc.core.config import EFFORTS, CompileConfig
 from hantc.core.errors import HantcError, UsageError
 from hantc.core.progress import Bar, Reporter
+from hantc.report.text import fmt_seconds
 
 DONE, MISSED, USAGE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 130
+_TELL_S = 30.0  # between progress lines where there is no terminal
+_PIPE_WIDTH = 160
+_EFFORT_HELP = ", ".join(f"{name} ≈ {fmt_seconds(e.time_limit_s)}" for name, e in EFFORTS.items())
 
 _EPILOG = """\
-commands:
-  hantc MODEL …              make MODEL faster for a target (the options above)
-  hantc regions MODEL        what can be replaced, and why the rest cannot
-  hantc pool                 the candidate operations
-  hantc profile MODEL --lut FILE   measure only
-  hantc inspect RUN          a finished run's figures and choices
-  hantc explain RUN REGION   every candidate of one region: cost, score, why not
-  hantc diff RUN_A RUN_B     what two runs chose differently
-  hantc verify RUN           measure a run's file again
-  hantc targets | doctor     what can be compiled for; what this machine can do
+Commands:
+  hantc MODEL --target T ...       make MODEL faster; all options are above
+  hantc regions MODEL              what can be replaced, and why the rest cannot
+  hantc pool [--family F]          the candidate operations
+  hantc profile MODEL --lut FILE   measure only, into a table for --lut
+  hantc inspect RUN                a finished run's figures and choices
+  hantc explain RUN REGION         a region's candidates: cost, score, why not taken
+  hantc diff RUN_A RUN_B           what two runs chose differently
+  hantc verify RUN                 measure a run's file again, beside its teacher
+  hantc targets                    what can be compiled for
+  hantc doctor                     what this machine can do
+Each of them takes --help, and --json for scripts.
 
-examples:
-  hantc model.onnx --target xeon                         exact rewrites only, no data needed
-  hantc model.onnx --target xeon --data images/          half the latency, images labelled by folder
+Examples:
+  hantc model.onnx --target xeon
+      exact rewrites only: no data needed, same outputs
+  hantc model.onnx --target xeon --data images/
+      half the latency; images in one folder per class
   hantc model.onnx --target xeon --data set.npz --budget 0.3 --time-limit 30m
+      a third of the latency, the best accuracy that half an hour gives
   hantc model.onnx --target xeon --data images/ --max-drop 0.5%
+      as fast as half a point of accuracy allows
 
-exit codes: 0 done; 1 the result misses the budget or the allowed drop; 2 bad option or input; 3 internal
-error; 130 interrupted (run again with the same options: finished work is reused).
+The run folder (--out, default MODEL.hantc/) then holds model.onnx, which runs in plain
+onnxruntime, summary.json, and report.html with the reason for every choice.
+
+Exit codes: 0 done; 1 the result misses the budget or the allowed drop; 2 bad option or
+input; 3 internal error; 130 interrupted (the same command again reuses finished work).
 """
 
 
 class RichReporter(Reporter):
-    """Progress bars with time left, on standard error."""
+    """Progress with time left, on standard error: bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, quiet: bool = False) -> None:
         super().__init__()
         from rich.console import Console
 
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:
         """A bar with share done, time spent and time left."""
+        total = max(total, 1e-9)
+        if not self.console.is_terminal:
+            lines = _Lines(self, title, total)
+            yield lines
+            lines.finish()
+            return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description:<44}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description:<42}", markup=False),
+            BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=max(total, 1e-9))
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total)
             yield _RichBar(progress, task)
-            progress.update(task, completed=max(total, 1e-9))
-        if not self.console.is_terminal:
-            self.console.print(title, highlight=False)
+            progress.update(task, completed=total)
 
     def say(self, text: str) -> None:
         """A plain line."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
         """A warning line, also in the log."""
@@ -88,74 +106,101 @@ class _RichBar:
         self.progress.advance(self.task, n)
 
 
-def _parser(prog: str, description: str, **kwargs: Any) -> argparse.ArgumentParser:
+class _Lines:
+    """A bar for logs: one line at the end, and one every half minute before."""
+
+    def __init__(self, reporter: Reporter, title: str, total: float) -> None:
+        self.reporter, self.title, self.total, self.done = reporter, title, total, 0.0
+        self.begun = self.told = time.monotonic()
+
+    def advance(self, n: float = 1) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.told >= _TELL_S and 0 < self.done < self.total:
+            self.told = now
+            left = (now - self.begun) * (self.total / self.done - 1)
+            self.reporter.say(f"{self.title}: {self.done / self.total:.0%}, {fmt_seconds(left)} left")
+
+    def finish(self) -> None:
+        self.reporter.say(f"{self.title}: done in {fmt_seconds(time.monotonic() - self.begun)}")
+
+
+def _parser(prog: str, description: str, usage: str, **kwargs: Any) -> argparse.ArgumentParser:
     from rich_argparse import RawDescriptionRichHelpFormatter
 
+    class Formatter(RawDescriptionRichHelpFormatter):
+        """Plain text: brackets are part of the help, not markup."""
+
+        help_markup = text_markup = False
+        highlights: ClassVar[list[str]] = []
+        group_name_formatter = str.capitalize  # type: ignore[assignment]
+
     return argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=RawDescriptionRichHelpFormatter, allow_abbrev=False, **kwargs
+        prog=prog, description=description, usage=usage, formatter_class=Formatter, allow_abbrev=False, **kwargs
     )
 
 
 def compile_parser() -> argparse.ArgumentParser:
-    """Options of `hantc MODEL` (and, as far as they apply, of `hantc profile MODEL`)."""
-    p = _parser("hantc", "Make a trained vision network fast on the machine it will run on.", epilog=_EPILOG)
+    """Options of `hantc MODEL`."""
+    p = _parser(
+        "hantc",
+        "Make a trained vision network fast on the machine it will run on.",
+        "hantc MODEL --target TARGET [--data PATH] [--budget 0.5 | --max-drop 0.5%] [--out DIR] [options]",
+        epilog=_EPILOG,
+    )
     p.add_argument("model", metavar="MODEL", help="the trained network, an .onnx file")
-    p.add_argument("--target", default="xeon", help="machine to compile for (hantc targets lists them); default xeon")
+    _machine(p)
     g = p.add_argument_group("data")
-    g.add_argument("--data", metavar="PATH", help="folder of images (one folder per class, or flat) or .npz with x [y x_val y_val]")
+    _data(g)
     g.add_argument("--val", metavar="PATH", help="validation images, same forms; default: from --data")
-    g.add_argument("--preprocess", metavar="FILE|imagenet|tf|none", help="how pixels become input; default MODEL.preprocess.json")
     g = p.add_argument_group("what is wanted")
-    g.add_argument("--budget", metavar="0.5|8ms", help="latency: share of the teacher's, or milliseconds; default 0.5 with data")
-    g.add_argument("--max-drop", metavar="0.5%", help="instead: the most accuracy to lose, in points")
+    g.add_argument("--budget", metavar="0.5|8ms", help="latency: share of the teacher's, or milliseconds; default 0.5")
+    g.add_argument("--max-drop", metavar="0.5%", help="instead of --budget: the most accuracy to lose, in points")
+    g = p.add_argument_group("how much work")
+    g.add_argument("--effort", choices=tuple(EFFORTS), default="standard", help=_EFFORT_HELP)
+    g.add_argument("--time-limit", metavar="30m", help="spend at most about this long; default: the effort's")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")
+    g = p.add_argument_group("files")
+    g.add_argument("--out", metavar="DIR", help="run folder; default MODEL.hantc/")
+    g.add_argument("--lut", metavar="FILE", help="use this latency table (of hantc profile) instead of measuring")
+    _store(g)
+    g.add_argument("--resume", action="store_true", help="continue the log of an interrupted run; finished work is always reused")
+    g.add_argument("--json", action="store_true", help="print summary.json on standard output, nothing else")
+    p.add_argument("--version", action="version", version=f"hantc {__version__}", help="print the version and exit")
+    return p
+
+
+def _machine(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("machine")
+    g.add_argument("--target", default="xeon", help="what to compile for (hantc targets lists them); default xeon")
     g.add_argument("--precision", choices=("auto", "fp32", "int8", "fp16"), default="auto", help="precisions to choose from")
     g.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time; default 1")
     g.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
-    g = p.add_argument_group("how much work")
-    g.add_argument("--effort", choices=tuple(EFFORTS), default="standard", help="quick ≈ 8 min, standard ≈ 25 min, thorough ≈ 2.5 h")
-    g.add_argument("--time-limit", metavar="30m", help="spend at most this long")
-    g = p.add_argument_group("files")
-    g.add_argument("--out", metavar="DIR", help="run folder; default MODEL.hantc/")
-    g.add_argument("--lut", metavar="FILE", help="use this latency table instead of measuring")
-    g.add_argument("--store", metavar="DIR", help="where measurements and weights are kept; default ~/.cache/hantc or $HANTC_STORE")
-    g.add_argument("--resume", action="store_true", help="continue an interrupted run (finished work is always reused)")
-    g.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")
-    g.add_argument("--json", action="store_true", help="print summary.json on standard output, nothing else")
-    p.add_argument("--version", action="version", version=f"hantc {__version__}")
-    return p
+
+
+def _data(g: argparse._ArgumentGroup) -> None:
+    g.add_argument("--data", metavar="PATH", help="image folder (a folder per class, or flat: no labels), or .npz with x [y x_val y_val]")
+    g.add_argument("--preprocess", metavar="FILE|imagenet|tf|none", help="how pixels become input; default MODEL.preprocess.json, else pixels/255")
+
+
+def _store(g: argparse._ArgumentGroup) -> None:
+    g.add_argument("--store", metavar="DIR", help="measurements and weights shared by runs; default $HANTC_STORE or ~/.cache/hantc")
 
 
 def config_of(args: argparse.Namespace) -> CompileConfig:
     """Validated configuration from parsed options; UsageError names the option."""
-    from pydantic import ValidationError
+    from hantc.inputs import make_config
 
-    model = Path(args.model)
-    store = args.store or os.environ.get("HANTC_STORE") or Path.home() / ".cache" / "hantc"
-    if args.budget is not None and args.max_drop is not None:
-        raise UsageError("--budget and --max-drop exclude each other", hint="give one of them")
-    try:
-        return CompileConfig(
-            model=model,
-            target=args.target,
-            data=args.data,
-            val=args.val,
-            preprocess=args.preprocess,
-            budget=None if args.budget is None else Budget.parse(args.budget),
-            max_drop=None if args.max_drop is None else parse_drop(args.max_drop),
-            effort=args.effort,
-            time_limit=None if args.time_limit is None else parse_duration(args.time_limit),
-            precision=args.precision,
-            threads=args.threads,
-            batch=args.batch,
-            lut=None if args.lut is None else Path(args.lut),
-            out=Path(args.out) if args.out else model.with_suffix(".hantc"),
-            store=Path(store),
-            resume=args.resume,
-            seed=args.seed,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{first['msg']}", where="--" + "-".join(str(x) for x in first["loc"]).replace("_", "-")) from error
+    options = {k: v for k, v in vars(args).items() if k not in ("model", "json")}
+    options["store"] = options.get("store") or os.environ.get("HANTC_STORE")
+    return make_config(args.model, **options)
+
+
+def _console() -> Any:
+    """Standard output. Where it is no terminal nothing is folded at 80 columns, for grep's sake."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=_PIPE_WIDTH)
 
 
 def _print_json(value: Any) -> None:

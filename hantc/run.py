@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,23 +16,26 @@ from onnx import ModelProto
 from torch import fx, nn
 
 import hantc
-from hantc.backends.registry import get_backend
-from hantc.backends.targets import get_target
 from hantc.core.atomic import write_bytes, write_json
-from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration
+from hantc.core.config import CompileConfig
 from hantc.core.errors import BudgetError, HantcError, UsageError
+from hantc.core.lut import write_lut
 from hantc.core.progress import Reporter
-from hantc.core.store import Store
-from hantc.core.types import digest
-from hantc.data.dataset import load_dataset
-from hantc.data.preprocess import load_preprocess
-from hantc.dialect.importer import import_file, load_onnx, model_info
-from hantc.passes.state import Clock, Context, State
-from hantc.pipeline import COMPILE, Passes, run_passes
+from hantc.core.types import CostTable, Device, Plan
+from hantc.data.dataset import Dataset
+from hantc.dialect.importer import import_file, load_onnx
+from hantc.inputs import check_folder, default_store, make_config, prepare
+from hantc.passes.load import Load
+from hantc.passes.normalize import Normalize
+from hantc.passes.state import Context, State
+from hantc.passes.verify import Verify
+from hantc.pipeline import COMPILE, PROFILE, Passes, run_passes
 from hantc.report.html import write_report
-from hantc.report.summary import Summary, load
+from hantc.report.summary import FILE_NAME, Summary, load
 
 _OVER_BUDGET = 1.05  # measured over asked latency: more than the noise of two measurements
+SPEED_TOLERANCE, ACCURACY_TOLERANCE = 0.15, 0.2  # share; points: how far a verification may be off
+_EXACT = 1e-3  # relative output difference that a run without data may show
 
 
 @dataclass(frozen=True)
@@ -51,94 +57,37 @@ class Run:
         return self.folder / "report.html"
 
 
-def default_store() -> Path:
-    """Where measurements and trained weights are kept between runs, if nothing else is said."""
-    return Path.home() / ".cache" / "hantc"
-
-
-def prepare(config: CompileConfig, reporter: Reporter, model: ModelProto | None = None) -> tuple[State, Context]:
-    """Check every option and input before any work is done; UsageError names the one that is wrong."""
-    target = get_target(config.target)
-    _check_out(config.out)
-    model = model if model is not None else load_onnx(config.model)
-    backend = get_backend(target.backend)
-    capabilities = backend.capabilities()
-    if not capabilities.available:
-        raise UsageError(f"target {target.name} cannot be used here: {capabilities.reason}", where="--target")
-    precisions = tuple(p for p in target.precisions if p in capabilities.precisions)
-    if config.precision not in ("auto", *precisions):
-        raise UsageError(
-            f"target {target.name} has no {config.precision} here", where="--precision", hint="one of: auto, " + ", ".join(precisions)
-        )
-    if config.precision == "fp32" or config.data is None:  # rounding is no exact rewrite
-        precisions = ("fp32",)
-    threads = config.threads or capabilities.device.cores
-    torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)) if config.threads else capabilities.device.cores)
-    torch.manual_seed(config.seed)
-    effort = EFFORTS[config.effort]
-    if config.time_limit is not None:
-        effort = replace(effort, time_limit_s=config.time_limit)
-    config.out.mkdir(parents=True, exist_ok=True)
-    reporter.log_path = config.out / "log.jsonl"
-    info = model_info(model)
-    data = None
-    if config.data is not None:
-        if not info.inputs:
-            raise UsageError("the model has no inputs", where=str(config.model))
-        preprocess = load_preprocess(config.preprocess, config.model, info.inputs[0])
-        data = load_dataset(
-            config.data,
-            config.val,
-            preprocess,
-            info.inputs[0],
-            seed=config.seed,
-            num_classes=_classes(model),
-            reporter=reporter,
-        )
-    ctx = Context(
-        config=config,
-        effort=effort,
-        backend=backend,
-        capabilities=capabilities,
-        precisions=precisions,
-        store=Store(config.store),
-        reporter=reporter,
-        clock=Clock(effort.time_limit_s),
-        threads=threads,
-        out=config.out,
-        data=data,
-    )
-    for note in (*capabilities.notes, *(data.notes if data else ())):
-        ctx.note(note)
-    if data is None:
-        ctx.note("no --data: only exact rewrites were admitted; with images (labels optional) regions are replaced and quantised")
-    return State(model=model, model_hash=digest(model.SerializeToString().hex())), ctx
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError("is a file, not a folder", where=f"--out {out}")
-    parent = out if out.exists() else next(p for p in [out, *out.absolute().parents] if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UsageError("cannot be written to", where=f"--out {out}", hint="choose another folder with --out")
-
-
-def _classes(model: ModelProto) -> int | None:
-    shape = model_info(model).outputs[0].shape
-    last = shape[-1] if len(shape) == 2 else None
-    return last if isinstance(last, int) and last > 1 else None
+@contextmanager
+def _torch_settings() -> Iterator[None]:
+    """Give torch's thread count and random state back to whoever embeds hantc."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def compile_config(
     config: CompileConfig, reporter: Reporter, *, model: ModelProto | None = None, passes: Passes = COMPILE
 ) -> Run:
     """Run the whole pipeline and write the run folder. Raises HantcError subclasses with exit codes."""
-    state, ctx = prepare(config, reporter, model)
-    state, timings = run_passes(passes, state, ctx)
-    summary = _summary(state, ctx, timings)
-    _write(state, ctx, summary)
+    with _torch_settings():
+        state, ctx = prepare(config, reporter, model)
+        state, timings = run_passes(passes, state, ctx)
+        summary = _summary(state, ctx, timings)
+        _write(state, ctx, summary)
     assert state.student is not None
     return Run(config.out, summary, state.student)
+
+
+def profile_config(config: CompileConfig, reporter: Reporter) -> tuple[CostTable, Device]:
+    """Measure the candidates of a model's regions, with or without data; the table and the device it holds for."""
+    with _torch_settings():
+        state, ctx = prepare(config, reporter, measure_only=True)
+        state, _ = run_passes(PROFILE, state, ctx)
+    assert state.costs is not None
+    return state.costs, ctx.capabilities.device
 
 
 def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summary:
@@ -149,16 +98,10 @@ def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summar
         {
             "hantc_version": hantc.__version__,
             "model": str(config.model),
+            "model_hash": state.model_hash,
             "target": config.target,
             "device": {**asdict(device), "threads": ctx.threads, "notes": list(ctx.capabilities.notes)},
-            "data": None
-            if ctx.data is None
-            else {
-                "source": ctx.data.source,
-                "labelled": ctx.data.labelled,
-                "counts": {"train": len(ctx.data.train), "search": len(ctx.data.search), "val": len(ctx.data.val)},
-                "notes": list(ctx.data.notes),
-            },
+            "data": None if ctx.data is None else _data_facts(ctx.data),
             "seed": config.seed,
             "status": _status(state, ctx),
             "regions": len(state.match.regions),
@@ -171,9 +114,29 @@ def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summar
             "batch": config.batch,
             "effort": config.effort,
             "predicted": not ctx.capabilities.measures,
+            "options": _options(config),
             **facts,
         }
     )
+
+
+def _data_facts(data: Dataset) -> dict[str, Any]:
+    return {
+        "source": data.source,
+        "labelled": data.labelled,
+        "counts": {"train": len(data.train), "search": len(data.search), "val": len(data.val)},
+        "notes": list(data.notes),
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _options(config: CompileConfig) -> dict[str, Any]:
+    """What was asked for, with absolute paths, so that the run can be verified from anywhere."""
+    options = config.model_dump(mode="json", exclude={"out", "store", "resume"}, exclude_none=True)
+    for name in ("model", "data", "val", "preprocess", "lut"):
+        if name in options and Path(options[name]).expanduser().exists():
+            options[name] = str(Path(options[name]).expanduser().absolute())
+    return options
 
 
 def _status(state: State, ctx: Context) -> str:
@@ -189,33 +152,41 @@ def _status(state: State, ctx: Context) -> str:
 
 
 def _write(state: State, ctx: Context, summary: Summary) -> None:
-    """Put every file in place atomically; `summary.json`, which makes a folder a run, comes last but one."""
+    """Put every file in place atomically. `summary.json` makes a folder a run: it goes first from an old run,
+    and comes last but one; a run that is broken off before it leaves no model either."""
     assert state.emitted is not None and state.match is not None and state.costs is not None
     out = ctx.out
-    write_bytes(out / "model.onnx", state.emitted.SerializeToString())
-    write_json(out / "plan.json", state.plan)
-    skipped = tuple((r, c, "*", why) for r, c, why in state.skipped)
-    write_json(out / "lut.json", replace(state.costs, skipped=skipped + state.costs.skipped))
-    write_json(out / "scores.json", {"rows": list(state.scores or ())})
-    write_json(out / "regions.json", {"regions": state.match.regions, "rejections": state.match.rejections})
-    write_json(
-        out / "front.json",
-        {
-            "solutions": [
-                {
-                    "predicted_ms": e.plan.predicted_latency_ms,
-                    "measured_ms": e.measured_ms,
-                    "score": e.plan.predicted_score,
-                    "accuracy": e.accuracy,
-                    "chosen": e.chosen,
-                }
-                for e in state.evaluated
-            ]
-        },
-    )
-    write_json(out / "history.json", {"finetune": [dict(h) for h in state.history]})
-    summary.save(out)
+    (out / FILE_NAME).unlink(missing_ok=True)
+    try:
+        write_bytes(out / "model.onnx", state.emitted.SerializeToString())
+        write_json(out / "plan.json", state.plan)
+        skipped = tuple((r, c, "*", why) for r, c, why in state.skipped)
+        write_lut(
+            out / "lut.json", replace(state.costs, skipped=skipped + state.costs.skipped), ctx.capabilities.device
+        )
+        write_json(out / "scores.json", {"rows": list(state.scores or ())})
+        write_json(out / "regions.json", {"regions": state.match.regions, "rejections": state.match.rejections})
+        write_json(out / "front.json", {"solutions": _front(state)})
+        write_json(out / "history.json", {"finetune": [dict(h) for h in state.history]})
+        summary.save(out)
+    except BaseException:
+        (out / FILE_NAME).unlink(missing_ok=True)
+        (out / "model.onnx").unlink(missing_ok=True)
+        raise
     write_report(out)
+
+
+def _front(state: State) -> list[dict[str, Any]]:
+    return [
+        {
+            "predicted_ms": e.plan.predicted_latency_ms,
+            "measured_ms": e.measured_ms,
+            "score": e.plan.predicted_score,
+            "accuracy": e.accuracy,
+            "chosen": e.chosen,
+        }
+        for e in state.evaluated
+    ]
 
 
 def compile(
@@ -230,11 +201,12 @@ def compile(
 ) -> Run:
     """Compile a trained vision network for a target.
 
-    `model`: path of an ONNX file, or a torch module (then `example_input`, a batch of one, is needed).
-    `budget`: fraction of the teacher's latency (0.5) or milliseconds ("8ms"). Other options are those of the
-    command line with underscores: `val`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds),
-    `precision`, `threads`, `batch`, `lut`, `out`, `store`, `seed`. Raises what the command line exits with:
-    UsageError (2), BudgetError (1), HantcError (3).
+    `model`: path of an ONNX file, or a torch module (then `example_input`, a batch of one, is needed; the
+    exported teacher is kept as `teacher.onnx` in the run folder). `budget`: fraction of the teacher's latency
+    (0.5) or milliseconds ("8ms"). Other options are those of the command line with underscores: `val`,
+    `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds), `precision`, `threads`, `batch`, `lut`,
+    `out`, `store`, `seed`; a module also takes `name`. Raises what the command line exits with: UsageError (2),
+    BudgetError (1), HantcError (3).
     """
     proto: ModelProto | None = None
     if isinstance(model, nn.Module):
@@ -242,23 +214,16 @@ def compile(
 
         if example_input is None:
             raise UsageError("a torch module needs example_input, a tensor of one sample", where="hantc.compile")
+        name = options.pop("name", type(model).__name__)
+        out = Path(options.setdefault("out", f"{name}.hantc"))
+        check_folder(out, f"out={out}")
+        make_config(out / "teacher.onnx", target=target, budget=budget, **options)  # before the slow export
         proto = export_module(model, example_input)
-        path = Path(options.pop("name", type(model).__name__) + ".onnx")
+        path = out / "teacher.onnx"
+        write_bytes(path, proto.SerializeToString())
     else:
         path = Path(model)
-    if "time_limit" in options and isinstance(options["time_limit"], str):
-        options["time_limit"] = parse_duration(options["time_limit"])
-    if isinstance(options.get("max_drop"), str):
-        options["max_drop"] = parse_drop(options["max_drop"])
-    options.setdefault("out", path.with_suffix(".hantc"))
-    options.setdefault("store", default_store())
-    config = CompileConfig(
-        model=path,
-        target=target,
-        data=None if data is None else str(data),
-        budget=None if budget is None else Budget.parse(str(budget)),
-        **options,
-    )
+    config = make_config(path, target=target, data=data, budget=budget, **options)
     return compile_config(config, reporter or Reporter(), model=proto)
 
 
@@ -268,4 +233,99 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     return Run(path, load(path), import_file(path / "model.onnx"))
 
 
-__all__ = ["BudgetError", "HantcError", "Run", "compile", "compile_config", "default_store", "load_run", "prepare"]
+def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """Measure a run's file again, beside its teacher, as the run itself did at its end.
+
+    The answer holds `teacher`, `student`, `speedup`, `accuracy_drop`, `agreement`, the `recorded` figures, `ok`,
+    and the `differences` that make it false: the speed-up off by more than SPEED_TOLERANCE, an accuracy or the
+    agreement by more than ACCURACY_TOLERANCE points. Latencies themselves may differ: machines have slow days.
+    Without the run's data, only what needs none is checked. UsageError if the run or its teacher is not there.
+    """
+    summary = load(folder)
+    teacher = _teacher_file(folder, summary)
+    notes: list[str] = []
+    wanted = {k: summary.options.get(k) for k in ("data", "val", "preprocess", "precision")}
+    gone = [k for k in ("data", "val") if wanted[k] and not Path(wanted[k]).exists()]
+    if summary.data is not None and (gone or not wanted["data"]):
+        notes.append(f"{summary.data.source} is no longer there: accuracy and agreement were not checked")
+        wanted |= {"data": None, "val": None, "preprocess": None}
+    student = load_onnx(folder / "model.onnx")
+    with TemporaryDirectory() as place, _torch_settings():
+        config = make_config(
+            teacher,
+            target=summary.target,
+            threads=summary.device.threads,
+            batch=summary.batch,
+            seed=summary.seed,
+            out=Path(place, "run"),
+            store=Path(place, "store"),
+            **wanted,
+        )
+        state, ctx = prepare(config, reporter)
+        predicted = summary.predicted_latency_ms or math.nan
+        plan = Plan((), predicted, math.inf, 0.0)
+        state = replace(state, emitted=student, plan=plan, costs=CostTable((), summary.teacher.latency_ms or 1.0, 0.0))
+        state, _ = run_passes((Load(), Normalize(), Verify()), state, ctx)
+        reporter.log_path = None
+    if summary.device.cpu != ctx.capabilities.device.cpu:
+        notes.append(f"the run was measured on {summary.device.cpu}, this is {ctx.capabilities.device.cpu}")
+    found = compare(summary, {**(state.summary or {})}, same_data=ctx.data is not None or summary.data is None)
+    changed = [] if state.model_hash == summary.model_hash else [f"the teacher {teacher} has changed since the run"]
+    if ctx.data is not None and summary.data is not None and ctx.data.fingerprint != summary.data.fingerprint:
+        changed.append(f"the data {wanted['data']} has changed since the run")
+    differences = [*changed, *found.pop("differences")]
+    return {"run": str(folder), "ok": not differences, "differences": differences, "notes": notes, **found}
+
+
+def _teacher_file(folder: Path, summary: Summary) -> Path:
+    for place in (summary.options.get("model"), summary.model):
+        if place and Path(place).is_file():
+            return Path(place)
+    raise UsageError(
+        f"the run's teacher, {summary.model}, is no longer there",
+        where=str(folder),
+        hint="put the file back, or run hantc on it again",
+    )
+
+
+def compare(summary: Summary, facts: Mapping[str, Any], *, same_data: bool) -> dict[str, Any]:
+    """Figures measured now against recorded ones: both, and a line for each that differs by too much."""
+    keys = ("speedup", "accuracy_drop", "agreement", "max_relative_difference")
+    nets = {k: {f: facts[k][f] for f in ("latency_ms", "latency_iqr_ms", "accuracy")} for k in ("teacher", "student")}
+    now = {**nets, **{k: facts[k] for k in keys}}
+    recorded = {**{k: {f: getattr(getattr(summary, k), f) for f in nets[k]} for k in nets}}
+    recorded |= {k: getattr(summary, k) for k in keys}
+    if not same_data:
+        now |= {"accuracy_drop": None, "agreement": None, "max_relative_difference": None}
+    differences = []
+    if facts["kept_original"]:
+        differences.append("the student is slower than its teacher")
+    was, is_ = summary.speedup, now["speedup"]
+    if was is not None and abs(is_ / was - 1) > SPEED_TOLERANCE:
+        differences.append(f"speed-up {is_:.2f}×, recorded {was:.2f}× (tolerance {SPEED_TOLERANCE:.0%})")
+    pairs = [(f"{k} accuracy", nets[k]["accuracy"], getattr(summary, k).accuracy) for k in nets]
+    pairs.append(("agreement", *(None if v is None else 100 * v for v in (now["agreement"], summary.agreement))))
+    for name, a, b in pairs if same_data else ():
+        if a is not None and b is not None and abs(a - b) > ACCURACY_TOLERANCE:
+            differences.append(f"{name} {a:.2f} %, recorded {b:.2f} % (tolerance {ACCURACY_TOLERANCE} points)")
+    if summary.data is None and facts["max_relative_difference"] > _EXACT:
+        differences.append(
+            f"outputs differ by {facts['max_relative_difference']:.1e} relative, though no data was given"
+        )
+    tolerance = {"speed": SPEED_TOLERANCE, "accuracy_points": ACCURACY_TOLERANCE}
+    return {**now, "recorded": recorded, "tolerance": tolerance, "differences": differences}
+
+
+__all__ = [
+    "BudgetError",
+    "HantcError",
+    "Run",
+    "compile",
+    "compile_config",
+    "default_store",
+    "load_run",
+    "make_config",
+    "prepare",
+    "profile_config",
+    "verify_run",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import HantcError
+from hantc.core.lut import read_lut
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Protocol, Region, Shape, Signature, Timing, digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
@@ -166,8 +168,10 @@ class Cost:
     ensures: ClassVar[tuple[str, ...]] = ("costs",)
 
     def call(self, state: State, ctx: Context) -> State:
-        """Measure what is not in the store yet."""
+        """Measure what is not in the store yet; with --lut, read the table instead."""
         assert state.network is not None and state.match is not None and state.proposals is not None
+        if ctx.config.lut is not None:
+            return self._read(state, ctx, ctx.config.lut)
         meter = Meter(ctx)
         regions = {r.name: r for r in state.match.regions}
         teacher_ms = meter.network(emit(state.network).model).median_ms
@@ -183,6 +187,27 @@ class Cost:
         ctx.reporter.event("cost", rows=len(rows), measured=meter.measured, teacher_ms=teacher_ms, glue_ms=glue)
         table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale)
         return replace(state, costs=table)
+
+    @staticmethod
+    def _read(state: State, ctx: Context, path: Path) -> State:
+        """The table of a file; candidates that it lacks are left out, with the reason."""
+        assert state.match is not None
+        lut = read_lut(path)
+        device = ctx.capabilities.device
+        lut.check_device(device, backend=ctx.backend.name, threads=ctx.threads, batch=ctx.config.batch)
+        lut.check_regions(state.match.regions)
+        known = {(r.region, r.candidate) for r in lut.table.rows if r.precision in ctx.precisions}
+        proposals = tuple(p for p in state.proposals or () if (p.region, p.spec.name) in known)
+        missing = [p for p in state.proposals or () if (p.region, p.spec.name) not in known]
+        skipped = tuple((p.region, p.spec.name, f"not in {path}") for p in missing)
+        wanted = {(p.region, p.spec.name) for p in proposals} | {(r.name, "teacher") for r in state.match.regions}
+        rows = tuple(
+            r for r in lut.table.rows if r.precision in ctx.precisions and (r.region, r.candidate) in wanted
+        )
+        ctx.reporter.event("cost", rows=len(rows), measured=0, teacher_ms=lut.table.teacher_ms, lut=str(path))
+        ctx.note(f"latencies of candidates were read from {path}, not measured")
+        costs = replace(lut.table, rows=rows, skipped=())
+        return replace(state, costs=costs, proposals=proposals, skipped=state.skipped + skipped)
 
     @staticmethod
     def _glue(rows: Sequence[CostRow], state: State, teacher_ms: float) -> tuple[float, float]:

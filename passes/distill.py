@@ -30,7 +30,7 @@ from hantc.passes.state import Context, Proposal, State, WeightMap
 DEFAULT_BUDGET = 0.5
 _RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 _MIN_GAIN = 0.92  # a candidate must cost at most this share of the teacher's operation to be trained
-_RECIPE = {"version": 2, "optimizer": "adam", "rate": _RATE, "loss": "relative_mse"}
+_RECIPE = {"version": 3, "optimizer": "adam", "rate": _RATE, "loss": "relative_mse"}
 
 
 @dataclass

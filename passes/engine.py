@@ -102,6 +102,18 @@ def fast_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
+def mixed(x: Tensor, y: Tensor | None, generator: torch.Generator, share: float) -> tuple[Tensor, Tensor | None]:
+    """With probability `share`, every image of the batch is blended with another one (mixup) and the labels
+    are withheld: the teacher itself says what a blend is. Few images thereby teach much more, above all where
+    the teacher is no longer sure of them (Beyer et al. 2022, "Knowledge distillation: a good teacher is
+    patient and consistent")."""
+    if float(torch.rand((), generator=generator)) >= share:
+        return x, y
+    weight = torch.rand(x.shape[0], *([1] * (x.dim() - 1)), generator=generator)
+    other = x[torch.randperm(x.shape[0], generator=generator)]
+    return fast_layout(torch.lerp(x, other, weight)), None
+
+
 def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Endless shuffled batches of `size` (short last batches are left out unless there is only one)."""
     generator = torch.Generator().manual_seed(seed)
@@ -115,31 +127,31 @@ def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Itera
 
 class TimeBox:
     """Learning-rate schedule over a time share: warm-up, then cosine to zero at the end of the share or of
-    the step limit, whichever comes first. The step count is settled after the first few steps."""
+    the step limit, whichever comes first. The clock starts behind the first step, which pays for set-up."""
 
-    def __init__(self, seconds: float, max_steps: int, warmup: float = 0.03, probe: int = 5) -> None:
-        self.seconds, self.max_steps, self.warmup, self.probe = seconds, max(1, max_steps), warmup, probe
-        self.total = self.max_steps
+    def __init__(self, seconds: float, max_steps: int, warmup: float = 0.04) -> None:
+        self.seconds, self.max_steps, self.warmup = max(seconds, 1e-3), max(1, max_steps), warmup
         self.step = 0
         self._start = time.monotonic()
 
     def advance(self) -> bool:
         """Count one step; False when the last is done."""
         self.step += 1
-        spent = time.monotonic() - self._start
-        if self.step == self.probe and spent > 0:
-            self.total = max(self.probe + 1, min(self.max_steps, int(self.seconds / (spent / self.step))))
-        return self.step < self.total and spent < 1.1 * self.seconds
+        if self.step == 1:
+            self._start = time.monotonic()
+        return self.progress < 1.0
 
     @property
     def progress(self) -> float:
         """Share done, 0…1."""
-        return min(1.0, self.step / self.total)
+        spent = time.monotonic() - self._start if self.step else 0.0
+        return min(1.0, max(self.step / self.max_steps, spent / self.seconds))
 
     def rate(self) -> float:
         """Factor on the base learning rate for the step now to be made."""
-        rise = min(1.0, (self.step + 1) / max(1.0, self.warmup * self.total))
-        return rise * 0.5 * (1 + math.cos(math.pi * self.progress))
+        done = self.progress
+        rise = min(1.0, (done + 1 / self.max_steps) / self.warmup)
+        return rise * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -148,30 +160,40 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group.setdefault("base", group["lr"]) * factor
 
 
-def evaluate(
-    module: nn.Module, teacher: nn.Module, split: Split, kind: OutputKind, *, limit: int | None = None, batch: int = 250
-) -> dict[str, float]:
-    """Mean CE (nan without labels), KL/divergence, accuracy in percent (nan) and agreement of a network on a split."""
-    n = min(len(split), limit or len(split))
-    sums = {"ce": 0.0, "kl": 0.0, "accuracy": 0.0, "agreement": 0.0}
-    labelled = False
-    with torch.no_grad():
-        for i in range(0, n, batch):
-            x, y = split.batch(list(range(i, min(n, i + batch))))
-            x = fast_layout(x)
-            s = first_output(module(x))
-            t = s if module is teacher else first_output(teacher(x))
-            sums["kl"] += float(divergence(kind, s, t).sum())
-            if kind.classifier:
-                sums["agreement"] += float((s.argmax(1) == t.argmax(1)).sum())
-                if y is not None:
-                    labelled = True
-                    sums["ce"] += float(F.nll_loss(kind.log_probs(s), y, reduction="sum"))
-                    sums["accuracy"] += 100 * float((s.argmax(1) == y).sum())
-    means = {k: v / max(n, 1) for k, v in sums.items()}
-    if not labelled:
-        means["ce"] = means["accuracy"] = float("nan")
-    return means
+class Judge:
+    """Evaluates networks on one split against one teacher, whose outputs are computed once."""
+
+    def __init__(
+        self, teacher: nn.Module, split: Split, kind: OutputKind, *, limit: int | None = None, batch: int = 100
+    ) -> None:
+        self.split, self.kind, self.batch = split, kind, batch
+        self.n = min(len(split), limit or len(split))
+        with torch.no_grad():
+            self.outputs = [first_output(teacher(x)) for x, _ in self._batches()]
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for i in range(0, self.n, self.batch):
+            x, y = self.split.batch(list(range(i, min(self.n, i + self.batch))))
+            yield fast_layout(x), y
+
+    def __call__(self, module: nn.Module) -> dict[str, float]:
+        """Mean CE (nan without labels), KL or divergence, accuracy in percent (nan), agreement."""
+        sums = {"ce": 0.0, "kl": 0.0, "accuracy": 0.0, "agreement": 0.0}
+        labelled = False
+        with torch.no_grad():
+            for (x, y), t in zip(self._batches(), self.outputs, strict=True):
+                s = first_output(module(x))
+                sums["kl"] += float(divergence(self.kind, s, t).sum())
+                if self.kind.classifier:
+                    sums["agreement"] += float((s.argmax(1) == t.argmax(1)).sum())
+                    if y is not None:
+                        labelled = True
+                        sums["ce"] += float(F.nll_loss(self.kind.log_probs(s), y, reduction="sum"))
+                        sums["accuracy"] += 100 * float((s.argmax(1) == y).sum())
+        means = {k: v / max(self.n, 1) for k, v in sums.items()}
+        if not labelled:
+            means["ce"] = means["accuracy"] = float("nan")
+        return means
 
 
 def trainable(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

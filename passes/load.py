@@ -9,10 +9,10 @@ from hantc.core.errors import DataError, HantcError, ModelError
 from hantc.dialect.emitter import opaque_leaves
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.importer import import_model
-from hantc.passes.engine import evaluate, output_kind
+from hantc.passes.engine import Judge, output_kind
 from hantc.passes.state import Context, State
 
-_CHECK_IMAGES = 500
+_CHECK_IMAGES = 200
 
 
 class Load:
@@ -45,7 +45,7 @@ class Load:
         assert isinstance(teacher, fx.GraphModule) and ctx.data is not None
         try:
             kind = output_kind(teacher, example_inputs(teacher.meta["info"], 2)[0], ctx.data.num_classes)
-            found = evaluate(teacher, teacher, ctx.data.search, kind, limit=_CHECK_IMAGES, batch=100)
+            found = Judge(teacher, ctx.data.search, kind, limit=_CHECK_IMAGES)(teacher)
         except HantcError:
             raise
         except Exception as error:  # torch raises many types for shapes that do not fit

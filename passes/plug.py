@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 
-from torch import fx
+from torch import fx, nn
 
 from hantc.core.types import CandidateSpec, Region, Signature
-from hantc.dialect.graph import cut, node_named
+from hantc.dialect.graph import cut
 from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.registry import build
 from hantc.passes.state import WeightMap
@@ -29,23 +30,32 @@ def teacher_part(network: fx.GraphModule, region: Region) -> fx.GraphModule:
     return part
 
 
-def replace_regions(
-    network: fx.GraphModule, replacements: Sequence[tuple[Region, fx.GraphModule]]
-) -> fx.GraphModule:
-    """A copy of `network` in which each region is one call of its replacement (a submodule named after the
-    region). What becomes dead is dropped; `meta["info"]` stays."""
-    made = copy.deepcopy(network)
-    # last region first: its entry is the exit of the one before, which must still be there by name
-    for region, module in sorted(replacements, key=lambda r: r[0].atoms[0], reverse=True):
-        made.add_submodule(region.name, module)
-        entry, exit_ = node_named(made, region.input), node_named(made, region.output)
-        with made.graph.inserting_after(exit_):
-            call = made.graph.create_node("call_module", region.name, (entry,), name=region.name)
-        exit_.replace_all_uses_with(call, delete_user_cb=lambda user, c=call: user is not c)
-        made.graph.eliminate_dead_code()
-    made.delete_all_unused_submodules()
-    made.graph.lint()
-    made.recompile()
+def compose(network: fx.GraphModule, parts: Sequence[tuple[Region, nn.Module]]) -> fx.GraphModule:
+    """`network` with each region as one call of its replacement (a submodule named after the region). All
+    modules are shared, so that thousands of compositions cost milliseconds each; `meta["info"]` stays."""
+    inside = {name: region for region, _ in parts for name in region.nodes}
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    named = {n.name: n for n in network.graph.nodes}
+    modules: dict[str, nn.Module] = {region.name: module for region, module in parts}
+    for node in network.graph.nodes:
+        region = inside.get(node.name)
+        if region is None:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            if node.op in ("call_module", "get_attr"):
+                modules[str(node.target)] = operator.attrgetter(str(node.target))(network)
+        elif node.name == region.output:
+            entry = env[named[region.input]]
+            env[node] = graph.create_node("call_module", region.name, (entry,), name=region.name)
+    made = fx.GraphModule(modules, graph)
     made.meta["info"] = network.meta["info"]
+    made.eval()
     return made
 
+
+def replace_regions(network: fx.GraphModule, replacements: Sequence[tuple[Region, nn.Module]]) -> fx.GraphModule:
+    """`compose`, but a copy that owns its modules: what is trained on and emitted."""
+    composed = compose(network, replacements)
+    made = copy.deepcopy(composed)
+    made.graph.lint()
+    made.meta["info"] = network.meta["info"]
+    return made

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
+import torch
 from onnx import ModelProto
 
 from hantc.core.errors import BudgetError
@@ -18,18 +19,21 @@ from hantc.dialect.fakequant import observing
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
 from hantc.passes.cost import Meter
 from hantc.passes.distill import wanted_ms
-from hantc.passes.engine import evaluate, output_kind
+from hantc.passes.engine import Judge, fast_layout, output_kind
 from hantc.passes.state import Context, Evaluated, State
+from hantc.passes.bench import Bench
+from hantc.search.explore import explore
 from hantc.search.ilp import solve, solve_diverse
 from hantc.search.pareto import reachable, solve_for_score
 from hantc.search.problem import Border, Item, Problem, Solution, clean
 
 _GAP = 0.005
+_FINALISTS = 4  # of the explored students that are timed and judged
 _SOLVER_S = 30.0
 _ROUNDS = 3  # of measuring students and correcting the table
 _CLOSE = 0.03
 _SLACK = 1.02  # a measured student may exceed the budget by the noise of a measurement
-_VERSION = 3
+_VERSION = 4
 _UNUSABLE_MS = 1e8
 
 
@@ -94,6 +98,8 @@ class Select:
             state = replace(state, costs=_scaled(state.costs, ratio))
             assert state.costs is not None
         evaluated = self._judge(state, ctx, evaluated)
+        if ctx.config.max_drop is None:
+            evaluated += self._explore(state, ctx, meter, budget)
         best = self._best(evaluated, budget, ctx)
         solver = {"k": len(evaluated), "seconds": time.monotonic() - started, "scale": state.costs.scale}
         plan = replace(best.plan, solver={**best.plan.solver, **solver})
@@ -188,20 +194,39 @@ class Select:
             for p, t in zip(plans, timings, strict=True)
         ]
 
+    def _explore(self, state: State, ctx: Context, meter: Meter, budget: float) -> list[Evaluated]:
+        """More selections, proposed by what whole students turned out to lose; the best few timed and judged."""
+        assert ctx.data is not None
+        problem = make_problem(state, budget)
+        bench = Bench(state, ctx, ctx.data)
+        with ctx.reporter.bar("searching among whole students", ctx.effort.explored) as bar:
+            trials = explore(
+                problem,
+                lambda s: bench.loss([problem.items[i] for i in s.items]),
+                rounds=ctx.effort.explored,
+                seconds=ctx.effort.explore_share * ctx.clock.limit_s,
+                seed=ctx.config.seed,
+                progress=bar.advance,
+            )
+        ctx.reporter.event("explore", losses=[t.loss for t in trials])
+        best = [t.solution for t in trials[:_FINALISTS]]
+        return self._judge(state, ctx, self._measure(state, ctx, meter, problem, best))
+
     def _judge(self, state: State, ctx: Context, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
         """Loss and accuracy of every student on the search split, rounded as it will run."""
         assert state.network is not None and ctx.data is not None
         network, data = state.network, ctx.data
         kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
+        judge = Judge(network, data.search, kind, limit=ctx.effort.score_images)
         judged = []
         with ctx.reporter.bar(f"evaluating {len(evaluated)} students", len(evaluated)) as bar:
             for e in evaluated:
                 blueprint = Blueprint.of(e.plan.choices)
                 student = build_student(state, blueprint, specs_of(state))
                 view = rounded_view(student, blueprint, reduce_range=ctx.capabilities.reduce_range)
-                with observing(view):
-                    evaluate(view, network, data.train, kind, limit=64, batch=64)
-                found = evaluate(view, network, data.search, kind, limit=ctx.effort.score_images)
+                with observing(view), torch.no_grad():
+                    view(fast_layout(data.train.batch(list(range(min(64, len(data.train)))))[0]))
+                found = judge(view)
                 labelled = not math.isnan(found["ce"])
                 loss = found["kl"] + (found["ce"] if labelled else 0.0)
                 accuracy = found["accuracy"] if labelled else 100 * found["agreement"]

@@ -100,11 +100,13 @@ class EffortSettings:
     finetune_share: float  # of the whole limit; what is left over is used too
     finetune_epochs: int  # upper bound
     score_images: int
+    explored: int  # whole students judged on a few images
+    explore_share: float  # of the time limit, at most
     batch_size: int = 64
 
 
 EFFORTS: dict[str, EffortSettings] = {
-    "quick": EffortSettings(480, 2, 1, 20, 0.30, 12, 6, 0.40, 60, 300),
-    "standard": EffortSettings(1500, 2, 1, 32, 0.30, 20, 10, 0.45, 120, 400),
-    "thorough": EffortSettings(9000, 4, 3, 60, 0.35, 40, 30, 0.45, 200, 1500),
+    "quick": EffortSettings(420, 2, 1, 20, 0.30, 12, 6, 0.40, 60, 300, 60, 0.06),
+    "standard": EffortSettings(1200, 2, 1, 32, 0.30, 20, 10, 0.45, 120, 400, 120, 0.05),
+    "thorough": EffortSettings(9000, 4, 3, 60, 0.35, 40, 30, 0.45, 200, 1500, 400, 0.04),
 }

@@ -66,6 +66,7 @@ class DataInfo(_Record):
     counts: dict[str, int] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     synthetic: bool = False
+    fingerprint: str | None = None
 
 
 class ChoiceRow(_Record):
@@ -95,6 +96,7 @@ class Summary(_Record):
     schema_version: Literal[1] = 1
     hantc_version: str
     model: str
+    model_hash: str | None = None
     target: str
     device: DeviceInfo
     data: DataInfo | None
@@ -119,6 +121,8 @@ class Summary(_Record):
     backend: str | None = None
     batch: int | None = None
     effort: str | None = None
+    max_relative_difference: Number = None  # of the student's outputs from the teacher's
+    options: dict[str, Any] = Field(default_factory=dict)  # as asked for, paths absolute
 
     @model_validator(mode="before")
     @classmethod

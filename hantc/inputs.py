@@ -1,0 +1,194 @@
+"""What a run needs before it begins: options, model, data, device; every one checked, then one state and context."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import ModelProto
+from pydantic import ValidationError
+
+from hantc.backends.registry import get_backend
+from hantc.backends.targets import Target, get_target
+from hantc.core.backend_api import Capabilities
+from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration
+from hantc.core.errors import UsageError
+from hantc.core.progress import Reporter
+from hantc.core.store import Store
+from hantc.core.types import ModelInfo, digest
+from hantc.data.dataset import Dataset, Split, load_dataset
+from hantc.data.preprocess import Preprocess, load_preprocess
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.importer import load_onnx, model_info
+from hantc.passes.state import Clock, Context, State
+
+
+def default_store() -> Path:
+    """Where measurements and trained weights are kept between runs, if nothing else is said."""
+    return Path.home() / ".cache" / "hantc"
+
+
+def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
+    """Options by the command line's names (underscores for dashes), as text or as values, checked.
+
+    None means not given. UsageError names the option that is wrong, unknown or excluded by another.
+    """
+    path = Path(model)
+    given = {k: v for k, v in options.items() if v is not None}
+    if "budget" in given and "max_drop" in given:
+        raise UsageError("--budget and --max-drop exclude each other", hint="give one of them")
+    parse = {"budget": Budget.parse, "max_drop": parse_drop, "time_limit": parse_duration}
+    given |= {k: f(str(given[k])) for k, f in parse.items() if k in given}
+    given |= {k: os.fspath(given[k]) for k in ("data", "val", "preprocess") if k in given}
+    given = {"out": path.with_suffix(".hantc"), "store": default_store(), **given}
+    try:
+        return CompileConfig(model=path, **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "--" + "-".join(map(str, first["loc"])).replace("_", "-")
+        message = "no such option" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UsageError(message, where=where, hint="hantc --help lists the options") from error
+
+
+def prepare(
+    config: CompileConfig, reporter: Reporter, model: ModelProto | None = None, *, measure_only: bool = False
+) -> tuple[State, Context]:
+    """Check every option and input before any work is done; UsageError names the one that is wrong.
+
+    `measure_only`: latencies need no images, so random input stands in for missing data. The run folder is
+    made last of all: a run that cannot begin leaves nothing behind.
+    """
+    target = get_target(config.target)
+    check_folder(config.out, f"--out {config.out}")
+    model = model if model is not None else load_onnx(config.model)
+    info = model_info(model)
+    _check_model(info, config)
+    backend = get_backend(target.backend)
+    capabilities = backend.capabilities()
+    if not capabilities.available:
+        raise UsageError(f"target {target.name} cannot be used here: {capabilities.reason}", where="--target")
+    threads = config.threads or capabilities.device.cores
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    torch.manual_seed(config.seed)
+    effort = EFFORTS[config.effort]
+    if config.time_limit is not None:
+        effort = replace(effort, time_limit_s=config.time_limit)
+    data = _load_data(config, model, info, reporter)
+    if data is None and measure_only:
+        data = _stand_in(info)
+    precisions = _precisions(config, target, capabilities, exact=data is None)
+    store = Store(config.store)
+    _begin(config, reporter)
+    ctx = Context(
+        config=config,
+        effort=effort,
+        backend=backend,
+        capabilities=capabilities,
+        precisions=precisions,
+        store=store,
+        reporter=reporter,
+        clock=Clock(effort.time_limit_s),
+        threads=threads,
+        out=config.out,
+        data=data,
+    )
+    for note in (*capabilities.notes, *(data.notes if data else ())):
+        ctx.note(note)
+    if data is None:
+        ctx.note(
+            "no --data: only exact rewrites were admitted; with images (labels optional) regions are replaced and "
+            "quantised"
+        )
+    return State(model=model, model_hash=_hash(model)), ctx
+
+
+def _hash(model: ModelProto) -> str:
+    return digest(model.SerializeToString().hex())
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """UsageError unless `folder` is one that can be written to, or could be made."""
+    place = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    hint = "choose another folder"
+    if not place.is_dir():
+        same = place == folder.absolute()
+        raise UsageError(
+            "is a file, not a folder" if same else f"{place} is a file, not a folder", where=where, hint=hint
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError("cannot be written to", where=where, hint=hint)
+
+
+def _begin(config: CompileConfig, reporter: Reporter) -> None:
+    """Make the run folder and begin its log. os.access tells root that all is fine, so only trying shows."""
+    log = config.out / "log.jsonl"
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        with log.open("a" if config.resume else "w"):
+            reporter.log_path = log
+    except OSError as error:
+        hint = "choose another folder with --out"
+        raise UsageError(f"cannot be written to: {error.strerror}", where=f"--out {config.out}", hint=hint) from error
+
+
+def _check_model(info: ModelInfo, config: CompileConfig) -> None:
+    where = str(config.model)
+    if config.data is not None and len(info.inputs) != 1:
+        names = ", ".join(i.name for i in info.inputs)
+        raise UsageError(
+            f"the model has {len(info.inputs)} inputs ({names}); --data can feed only one",
+            where=where,
+            hint="without --data hantc still applies exact rewrites; or export the part behind the image input",
+        )
+    fixed = next((i.shape[0] for i in info.inputs if i.shape and isinstance(i.shape[0], int)), None)
+    if fixed is not None and fixed != config.batch and (config.batch != 1 or config.data is not None):
+        raise UsageError(
+            f"the model's batch is fixed at {fixed}, so it cannot run {config.batch} at a time",
+            where="--batch",
+            hint=f"give --batch {fixed}, or export the model with a dynamic batch",
+        )
+
+
+def _precisions(config: CompileConfig, target: Target, capabilities: Capabilities, *, exact: bool) -> tuple[str, ...]:
+    precisions = tuple(p for p in target.precisions if p in capabilities.precisions)
+    if config.precision not in ("auto", *precisions):
+        raise UsageError(
+            f"target {target.name} has no {config.precision} here",
+            where="--precision",
+            hint="one of: auto, " + ", ".join(precisions),
+        )
+    if config.precision == "fp32" or exact:  # rounding is no exact rewrite
+        return ("fp32",)
+    return precisions
+
+
+def _load_data(config: CompileConfig, model: ModelProto, info: ModelInfo, reporter: Reporter) -> Dataset | None:
+    if config.data is None:
+        if config.val is not None:
+            raise UsageError("--val needs --data", where=f"--val {config.val}", hint="name the training images too")
+        return None
+    spec = info.inputs[0]
+    preprocess = load_preprocess(config.preprocess, config.model, spec)
+    classes = _classes(info)
+    return load_dataset(
+        config.data, config.val, preprocess, spec, seed=config.seed, num_classes=classes, reporter=reporter
+    )
+
+
+def _classes(info: ModelInfo) -> int | None:
+    shape = info.outputs[0].shape
+    last = shape[-1] if len(shape) == 2 else None
+    return last if isinstance(last, int) and last > 1 else None
+
+
+def _stand_in(info: ModelInfo) -> Dataset | None:
+    """Random rows of the input's shape; None for models that one float array cannot feed."""
+    if len(info.inputs) != 1 or info.inputs[0].dtype != "float32":
+        return None
+    rows = example_inputs(info, 8)[0].numpy()
+    split = Split(rows, np.arange(len(rows)), None, Preprocess())
+    return Dataset(split, split, split, labelled=False, num_classes=None, fingerprint="random", source="random input")

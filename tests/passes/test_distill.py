@@ -1,0 +1,222 @@
+"""Training candidates against the teacher: it learns, it is kept, and one that diverges harms no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import fx
+
+from hantc.core.config import Budget
+from hantc.core.types import CandidateSpec, CostRow, CostTable, Signature
+from hantc.dialect.graph import with_taps
+from hantc.ops import registry
+from hantc.passes import distill
+from hantc.passes.distill import Distill, Job, train, wanted_ms, weights_key
+from hantc.passes.engine import relative_mse
+from hantc.passes.plug import trained
+from hantc.passes.state import Context, Proposal, State
+
+if TYPE_CHECKING:
+    from tests.passes.conftest import Lab
+
+STACK = CandidateSpec.make("cb_stack", k=3, w=0.5)
+BOTTLE = CandidateSpec.make("cb_bottle", k=3, w=0.5)
+IDENTITY = CandidateSpec.make("identity")
+
+
+def offering(state: State, *offers: tuple[str, CandidateSpec]) -> State:
+    """`state` with these proposals alone: each at half the latency and half the size of the one before."""
+    assert state.match is not None
+
+    def row(region: str, candidate: str, ms: float) -> CostRow:
+        return CostRow(region, candidate, "fp32", ms, 0.0, 5, "test", "d", 1, 1)
+
+    rows = [row(r.name, "teacher", 1.0) for r in state.match.regions] + [row(r, s.name, 0.5**i) for i, (r, s) in enumerate(offers, 1)]
+    proposals = tuple(Proposal(r, s, 1024 >> i, 10) for i, (r, s) in enumerate(offers))
+    return replace(state, proposals=proposals, costs=CostTable(tuple(rows), 4.0, 0.0))
+
+
+def done(state: State, ctx: Context) -> tuple[State, Mapping[tuple[str, str], Any]]:
+    after = Distill().call(state, ctx)
+    assert after.weights is not None
+    return after, after.weights
+
+
+def error(lab: Lab, state: State, region_name: str, spec: CandidateSpec) -> float:
+    """Relative error of a trained candidate on the search split's activations."""
+    assert state.network is not None and state.match is not None and state.weights is not None
+    region = state.match.region(region_name)
+    x, _ = lab.labelled.search.batch(list(range(64)))
+    candidate = trained(region, spec, state.weights[region_name, spec.name])
+    with torch.no_grad():
+        _, (source, target) = with_taps(state.network, [region.input, region.output])(x)
+        return float(relative_mse(candidate(source), target))
+
+
+OFFERS = (("r03", STACK), ("r03", BOTTLE), ("r03", IDENTITY))
+
+
+def test_more_training_makes_better_candidates(lab: Lab) -> None:
+    long = lab.scored
+    short, _ = done(lab.costed, lab.fresh(effort={"distill_epochs": 1}))
+    assert long.weights is not None and short.weights is not None
+    assert set(long.weights) == set(short.weights)
+    regions = [r for r, c in long.weights if c == STACK.name]
+    assert len(regions) == 4
+    for region in regions:
+        before, after = error(lab, short, region, STACK), error(lab, long, region, STACK)
+        assert after < 0.7 * before, region
+        assert after < 0.9, "better than the mean of what it shall produce"
+
+
+def test_what_has_no_weights_is_not_trained(lab: Lab) -> None:
+    ctx = lab.fresh()
+    _, weights = done(offering(lab.matched, ("r03", IDENTITY)), ctx)
+    assert weights == {("r03", "identity"): {}}
+    assert ctx.store.ls("weights") == []
+
+
+def test_the_teacher_is_not_touched(lab: Lab) -> None:
+    state = offering(lab.matched, ("r03", STACK))
+    assert state.network is not None
+    before = {k: v.clone() for k, v in state.network.state_dict().items()}
+    done(state, lab.fresh(effort={"distill_epochs": 1}))
+    assert all(torch.equal(v, before[k]) for k, v in state.network.state_dict().items())
+    assert not any(p.grad is not None for p in state.network.parameters())
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(distill, "train", never)
+
+
+def test_trained_weights_are_stored_and_reused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = lab.fresh(effort={"distill_epochs": 1})
+    state = offering(lab.matched, *OFFERS)
+    _, first = done(state, ctx)
+    for p in (p for p in state.proposals or () if p.spec != IDENTITY):
+        stored = ctx.store.get_tensors("weights", weights_key(state, ctx, p))
+        assert stored is not None
+        want = first[p.region, p.spec.name]
+        assert set(stored) == set(want)
+        assert all(torch.equal(torch.from_numpy(v), want[k]) for k, v in stored.items())
+    forbid(monkeypatch)
+    again = lab.fresh(effort={"distill_epochs": 1}, store=ctx.store)
+    _, second = done(state, again)
+    assert set(second) == set(first)
+    assert all(torch.equal(v, second[k][n]) for k, part in first.items() for n, v in part.items())
+
+
+def test_a_second_run_trains_only_what_is_new(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = lab.fresh(effort={"distill_epochs": 1})
+    done(offering(lab.matched, ("r01", STACK)), ctx)
+    asked: list[tuple[str, str]] = []
+    real = train
+
+    def spy(network: fx.GraphModule, jobs: Sequence[Job], *rest: Any) -> None:
+        asked.extend((j.region.name, j.spec.name) for j in jobs)
+        real(network, jobs, *rest)
+
+    monkeypatch.setattr(distill, "train", spy)
+    done(offering(lab.matched, ("r01", STACK), ("r03", STACK)), ctx)
+    assert asked == [("r03", STACK.name)]
+
+
+def test_keys_tell_apart_what_training_depends_on(lab: Lab) -> None:
+    state, plain = lab.matched, lab.fresh(data=lab.plain)
+    ctx = lab.fresh()
+    keys = [
+        weights_key(state, ctx, Proposal("r01", STACK, 1, 1)),
+        weights_key(state, ctx, Proposal("r03", STACK, 1, 1)),
+        weights_key(state, ctx, Proposal("r01", BOTTLE, 1, 1)),
+        weights_key(state, plain, Proposal("r01", STACK, 1, 1)),
+        weights_key(state, lab.fresh(seed=1), Proposal("r01", STACK, 1, 1)),
+        weights_key(state, lab.fresh(effort={"time_limit_s": 7.0}), Proposal("r01", STACK, 1, 1)),
+        weights_key(replace(state, model_hash="other"), ctx, Proposal("r01", STACK, 1, 1)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert weights_key(state, lab.fresh(), Proposal("r01", STACK, 5, 5)) == keys[0]
+
+
+def test_the_same_seed_gives_the_same_weights(lab: Lab) -> None:
+    state = offering(lab.matched, ("r03", BOTTLE))
+    (_, a), (_, b) = (done(state, lab.fresh(effort={"distill_epochs": 1})) for _ in range(2))
+    assert all(torch.equal(v, b["r03", BOTTLE.name][k]) for k, v in a["r03", BOTTLE.name].items())
+
+
+def test_a_candidate_that_diverges_is_dropped_with_a_note(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = registry.build
+
+    def poisoned(spec: CandidateSpec, signature: Signature) -> fx.GraphModule:
+        module = real(spec, signature)
+        if spec == BOTTLE:
+            with torch.no_grad():
+                next(module.parameters()).fill_(float("inf"))
+        return module
+
+    monkeypatch.setattr(distill, "build", poisoned)
+    ctx = lab.fresh(effort={"distill_epochs": 2})
+    state, weights = done(offering(lab.matched, ("r03", BOTTLE), ("r03", STACK)), ctx)
+    assert set(weights) == {("r03", STACK.name)}
+    assert all(torch.isfinite(v).all() for v in weights["r03", STACK.name].values())
+    assert len(ctx.notes) == 1
+    assert "r03" in ctx.notes[0]
+    assert BOTTLE.name in ctx.notes[0]
+    assert "non-finite" in ctx.notes[0]
+    assert state.costs is not None
+    assert [(r, c) for r, c, _, reason in state.costs.skipped if "diverged" in reason] == [("r03", BOTTLE.name)]
+    assert len(ctx.store.ls("weights")) == 1, "what diverged is not kept"
+
+
+def test_jobs_train_beside_each_other_without_mixing(lab: Lab) -> None:
+    """A candidate learns the same whether alone or beside others, one of which dies at once."""
+    assert lab.matched.network is not None and lab.matched.match is not None
+    region = lab.matched.match.region("r03")
+    ctx = lab.fresh(effort={"distill_epochs": 1})
+
+    def job(spec: CandidateSpec, seed: int) -> Job:
+        torch.manual_seed(seed)
+        return Job(region, spec, registry.build(spec, Signature.of(region)), "0" * 8)
+
+    alone, beside, dying = job(STACK, 1), job(STACK, 1), job(BOTTLE, 2)
+    with torch.no_grad():
+        next(dying.module.parameters()).fill_(float("nan"))
+    train(lab.matched.network, [alone], ctx, lab.labelled)
+    train(lab.matched.network, [dying, beside], ctx, lab.labelled)
+    assert dying.dead
+    assert not beside.dead
+    assert dying.seen == 0
+    assert alone.seen == beside.seen > 0
+    pairs = zip(alone.module.state_dict().values(), beside.module.state_dict().values(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def test_without_data_nothing_is_trained(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch)
+    state = Distill().call(offering(lab.matched), lab.context())
+    assert state.weights == {}
+
+
+def test_labels_are_not_needed(lab: Lab) -> None:
+    _, weights = done(offering(lab.matched, ("r03", STACK)), lab.fresh(data=lab.plain, effort={"distill_epochs": 1}))
+    assert set(weights) == {("r03", STACK.name)}
+
+
+def test_the_wanted_latency() -> None:
+    table = CostTable((), teacher_ms=8.0, glue_ms=0.0)
+
+    class _Ctx:
+        def __init__(self, budget: Budget | None) -> None:
+            self.config = type("C", (), {"budget": budget})()
+
+    def wanted(budget: Budget | None) -> float:
+        ctx: Any = _Ctx(budget)
+        return wanted_ms(table, ctx)
+
+    assert (wanted(None), wanted(Budget(fraction=0.25)), wanted(Budget(ms=3.0))) == (4.0, 2.0, 3.0)

@@ -1,0 +1,126 @@
+"""Which candidates are worth measuring."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hantc.core.types import CandidateSpec, MatchResult, Region
+from hantc.passes.propose import Propose, spec_of, spread
+from hantc.passes.state import Proposal, State
+
+if TYPE_CHECKING:
+    from tests.passes.conftest import Lab
+
+
+def proposal(macs: int, family: str = "f") -> Proposal:
+    return Proposal("r00", CandidateSpec.make(family, m=macs), macs, 0)
+
+
+def with_regions(state: State, *regions: Region) -> State:
+    return replace(state, match=MatchResult(regions, (), len(regions)))
+
+
+def test_without_data_there_are_no_candidates_and_a_reason(lab: Lab) -> None:
+    state = Propose().call(lab.matched, lab.context())
+    assert state.proposals == ()
+    assert state.match is not None
+    assert [(r, c) for r, c, _ in state.skipped] == [(r.name, "*") for r in state.match.regions]
+    assert all("--data" in reason for _, _, reason in state.skipped)
+
+
+def test_no_candidate_has_far_more_products_than_the_teacher(lab: Lab) -> None:
+    state = Propose().call(lab.matched, lab.context(data=lab.labelled, effort={"measured_per_region": 10_000}))
+    assert state.proposals
+    assert state.match is not None
+    for p in state.proposals:
+        assert p.macs <= 1.5 * state.match.region(p.region).macs
+    slow = [reason for _, _, reason in state.skipped if "cannot be faster" in reason]
+    assert slow
+    assert all(float(reason.split("×")[0]) >= 1.5 for reason in slow)
+
+
+def test_a_tiny_region_has_only_what_multiplies_nothing(lab: Lab) -> None:
+    assert lab.matched.match is not None
+    tiny = replace(lab.matched.match.region("r01"), macs=1)
+    state = Propose().call(with_regions(lab.matched, tiny), lab.context(data=lab.labelled))
+    assert [p.spec.name for p in state.proposals or ()] == ["identity"]
+
+
+def test_every_grid_point_is_either_proposed_or_explained(lab: Lab) -> None:
+    state = Propose().call(lab.matched, lab.context(data=lab.labelled))
+    assert state.match is not None
+    proposed = [(p.region, p.spec.name) for p in state.proposals or ()]
+    skipped = [(r, c) for r, c, reason in state.skipped if reason]
+    assert len(skipped) == len(state.skipped)
+    assert len(set(proposed + skipped)) == len(proposed) + len(skipped)
+    counts = Counter(r for r, _ in proposed + skipped)
+    assert set(counts) == {r.name for r in state.match.regions}
+    assert len(set(counts.values())) == 1, "every region goes through the same grids"
+
+
+def test_the_effort_limits_what_is_measured_and_all_families_get_a_share(lab: Lab) -> None:
+    state = Propose().call(lab.matched, lab.context(data=lab.labelled, effort={"measured_per_region": 9}))
+    by_region: dict[str, Counter[str]] = {}
+    for p in state.proposals or ():
+        by_region.setdefault(p.region, Counter())[p.spec.family] += 1
+    assert set(by_region["r01"]) == {"identity", "cb_stack", "cb_bottle", "efn", "efnv2"}
+    assert {sum(c.values()) for c in by_region.values()} == {9}
+    assert by_region["r01"]["identity"] == 1
+    assert all(n >= 2 for f, n in by_region["r01"].items() if f != "identity")
+    assert any("--effort" in reason for _, _, reason in state.skipped)
+
+
+def test_spans_do_not_get_the_identity(lab: Lab) -> None:
+    state = Propose().call(lab.matched, lab.context(data=lab.labelled))
+    assert state.match is not None
+    with_identity = {p.region for p in state.proposals or () if p.spec.family == "identity"}
+    assert with_identity == {r.name for r in state.match.regions if len(r.atoms) == 1}
+    reasons = {reason for r, c, reason in state.skipped if c == "identity" and "_" in r}
+    assert len(reasons) == 1
+    assert "each block" in reasons.pop()
+
+
+def test_feature_vectors_have_no_candidates(lab: Lab) -> None:
+    assert lab.matched.match is not None
+    flat = replace(lab.matched.match.region("r01"), in_shape=(16,), out_shape=(16,))
+    state = Propose().call(with_regions(lab.matched, flat), lab.context(data=lab.labelled))
+    assert state.proposals == ()
+    assert all("feature vector" in reason for _, _, reason in state.skipped)
+
+
+def test_shares_are_equal_and_what_small_families_leave_goes_to_the_others() -> None:
+    def families(**sizes: int) -> dict[str, list[Proposal]]:
+        return {name: [proposal(i, name) for i in range(n)] for name, n in sizes.items()}
+
+    assert Propose._shares(families(a=1, b=10, c=10), 7) == {"a": 1, "b": 3, "c": 3}
+    assert Propose._shares(families(a=2, b=3), 100) == {"a": 2, "b": 3}
+    assert Propose._shares(families(a=2, b=3), 1) == {"a": 1, "b": 0}
+    assert Propose._shares({}, 5) == {}
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_a_sample_spreads_from_the_cheapest_to_the_dearest(n: int) -> None:
+    everything = [proposal(10 * 2**i) for i in range(9)]
+    chosen = [p.macs for p in spread(everything, n)]
+    assert len(chosen) == len(set(chosen)) == n
+    assert chosen == sorted(chosen)
+    assert (chosen[0], chosen[-1]) == (10, 2560)
+    if n == 3:
+        assert chosen[1] == 160, "the middle in the logarithm"
+
+
+def test_a_sample_of_all_or_of_none() -> None:
+    assert [p.macs for p in spread([proposal(3), proposal(1)], 5)] == [1, 3]
+    assert spread([proposal(3), proposal(1)], 0) == []
+    same = [proposal(4, f) for f in "abcd"]
+    assert len(spread(same, 3)) == 3
+
+
+def test_specs_are_found_by_name() -> None:
+    assert spec_of("f_m7", [proposal(3), proposal(7)]) == CandidateSpec.make("f", m=7)
+    with pytest.raises(KeyError):
+        spec_of("f_m8", [proposal(3)])
