@@ -104,7 +104,9 @@ def describe(module: fx.GraphModule) -> str:
                 walk(leaf, indent + "    ")
             else:
                 shape = [tuple(p.shape) for p in leaf.parameters(recurse=False)]
-                lines.append(f"{indent}{node.name} = {type(leaf).__name__}({inputs}) {leaf.extra_repr()} {shape or ''}".rstrip())
+                lines.append(
+                    f"{indent}{node.name} = {type(leaf).__name__}({inputs}) {leaf.extra_repr()} {shape or ''}".rstrip()
+                )
 
     walk(module, "")
     return "\n".join(lines) + "\n"

@@ -86,5 +86,3 @@ def to_onnx(student: fx.GraphModule, blueprint: Blueprint, ctx: Context, feeds: 
         return emitted.model
     nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
     return quantize(emitted.model, nodes, feeds, QuantSpec(reduce_range=ctx.capabilities.reduce_range))
-
-

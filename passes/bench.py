@@ -11,7 +11,7 @@ from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import with_taps
-from hantc.passes.engine import OutputKind, divergence, fast_layout, first_output, mixed, output_kind
+from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, mixed, output_kind
 from hantc.passes.plug import compose, teacher_part, trained
 from hantc.passes.state import Context, State
 from hantc.search.problem import Item
@@ -26,7 +26,7 @@ class Bench:
     def __init__(self, state: State, ctx: Context, data: Dataset) -> None:
         assert state.network is not None and state.match is not None
         self.state, self.ctx = state, ctx
-        self.network: fx.GraphModule = state.network.to(memory_format=torch.channels_last)
+        self.network: fx.GraphModule = fast_module(state.network)
         self.kind: OutputKind = output_kind(
             self.network, example_inputs(self.network.meta["info"], 2)[0], data.num_classes
         )
@@ -54,7 +54,7 @@ class Bench:
                 if candidate == "teacher"
                 else trained(region, self.specs[candidate], self.state.weights[name, candidate])
             )
-            made = made.to(memory_format=torch.channels_last)
+            made = fast_module(made)
             if precision == "int8":
                 made = fake_quantize(made, reduce_range=self.ctx.capabilities.reduce_range)
                 with observing(made), torch.no_grad():
@@ -66,9 +66,7 @@ class Bench:
         """Mean divergence of a selection's student from the teacher."""
         assert self.state.match is not None
         picks = [(i.region, i.candidate, i.precision) for i in items]
-        parts = [
-            (self.state.match.region(r), self.part(r, c, p)) for r, c, p in picks if (c, p) != ("teacher", "fp32")
-        ]
+        parts = [(self.state.match.region(r), self.part(r, c, p)) for r, c, p in picks if (c, p) != ("teacher", "fp32")]
         student = compose(self.network, parts)
         with torch.no_grad():
             out = first_output(student(self.x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -156,7 +156,7 @@ class Meter:
         return float(found)
 
 
-def _figures(stored: Mapping[str, object]) -> dict[str, object]:
+def _figures(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {k: stored[k] for k in ("latency_ms", "iqr_ms", "samples")}
 
 
@@ -201,9 +201,7 @@ class Cost:
         missing = [p for p in state.proposals or () if (p.region, p.spec.name) not in known]
         skipped = tuple((p.region, p.spec.name, f"not in {path}") for p in missing)
         wanted = {(p.region, p.spec.name) for p in proposals} | {(r.name, "teacher") for r in state.match.regions}
-        rows = tuple(
-            r for r in lut.table.rows if r.precision in ctx.precisions and (r.region, r.candidate) in wanted
-        )
+        rows = tuple(r for r in lut.table.rows if r.precision in ctx.precisions and (r.region, r.candidate) in wanted)
         ctx.reporter.event("cost", rows=len(rows), measured=0, teacher_ms=lut.table.teacher_ms, lut=str(path))
         ctx.note(f"latencies of candidates were read from {path}, not measured")
         costs = replace(lut.table, rows=rows, skipped=())
@@ -214,7 +212,9 @@ class Cost:
         """What lies outside every region, and the factor from stand-alone to in-network latency."""
         assert state.match is not None
         atoms = {r.name for r in state.match.regions if len(r.atoms) == 1}
-        total = sum(r.latency_ms for r in rows if r.region in atoms and r.candidate == "teacher" and r.precision == "fp32")
+        total = sum(
+            r.latency_ms for r in rows if r.region in atoms and r.candidate == "teacher" and r.precision == "fp32"
+        )
         floor = 0.02 * teacher_ms
         if total <= 0 or teacher_ms - total >= floor:
             return max(teacher_ms - total, floor), 1.0

@@ -20,6 +20,7 @@ from hantc.passes.engine import (
     augmentation,
     calibrate_norm,
     epochs,
+    fast_module,
     output_kind,
     relative_mse,
     set_rate,
@@ -67,7 +68,9 @@ def shortlist(
         best = min(rows.get((p.region, p.spec.name), {"": math.inf}).values())
         bar = min(teacher.values())
         if best > _MIN_GAIN * bar:
-            skipped.append((p.region, p.spec.name, "*", f"not faster: {best:.3f} ms against the teacher's {bar:.3f} ms"))
+            skipped.append(
+                (p.region, p.spec.name, "*", f"not faster: {best:.3f} ms against the teacher's {bar:.3f} ms")
+            )
         elif p.spec.family == "identity":
             kept.append(p)
         else:
@@ -86,10 +89,12 @@ def _under_ceilings(options: Sequence[tuple[float, Proposal]], places: int, budg
     chosen: dict[str, Proposal] = {}
     for i in range(places):
         ceiling = 1.2 * budget * 0.6**i
-        fit = [(p.macs, -t, p) for t, p in options if t <= ceiling]
-        best = max(fit, default=None, key=lambda f: (f[0], f[1], f[2].spec.name))
-        best = best or min(((t, -p.macs, p) for t, p in options), key=lambda f: (f[0], f[1]))  # none fits: the cheapest
-        chosen[best[2].spec.name] = best[2]
+        fit = [(t, p) for t, p in options if t <= ceiling]
+        if fit:
+            best = max(fit, key=lambda f: (f[1].macs, -f[0], f[1].spec.name))[1]
+        else:
+            best = min(options, key=lambda f: (f[0], -f[1].macs, f[1].spec.name))[1]  # none fits: the cheapest
+        chosen[best.spec.name] = best
     return list(chosen.values())
 
 
@@ -165,7 +170,7 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
     """Train all jobs side by side on the teacher's activations (phase 1 of the paper, §3.2): relative squared
     error, Adam, cosine; as many steps as the time share allows."""
     taps = sorted({j.region.input for j in jobs} | {j.region.output for j in jobs})
-    tapped = with_taps(network, taps).to(memory_format=torch.channels_last)
+    tapped = fast_module(with_taps(network, taps))
     sample = example_inputs(network.meta["info"], 2)[0]
     kind = output_kind(network, sample, data.num_classes)
     augment = augmentation(network, data, kind)
@@ -180,7 +185,7 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
             values = _activations(tapped, taps, x)
             if box.step == 0:
                 for j in jobs:
-                    j.module.to(memory_format=torch.channels_last).train()
+                    fast_module(j.module).train()
                     calibrate_norm(j.module, values[j.region.output], values[j.region.input])
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
@@ -213,7 +218,7 @@ def _step(job: Job, values: Mapping[str, Tensor]) -> None:
         for p in job.module.parameters():
             p.grad = None
         return
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     value = float(loss.detach())
     job.loss = value if math.isnan(job.loss) else 0.98 * job.loss + 0.02 * value
     job.seen += values[job.region.input].shape[0]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,14 @@ def augmentation(network: fx.GraphModule, data: Dataset, kind: OutputKind, batch
     else:
         flip = bool((mirrored == plain).float().mean() > 0.9)
     return Augment(shift=shift, flip=flip)
+
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def fast_module(module: _M) -> _M:
+    """The module itself, its weights channels-last to go with `fast_layout`."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def fast_layout(x: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ from hantc.passes.engine import (
     divergence,
     epochs,
     fast_layout,
-    mixed,
+    fast_module,
     first_output,
+    mixed,
     output_kind,
     relative_mse,
     set_rate,
@@ -45,7 +46,14 @@ _EMA = 0.995  # decay of the running average of the weights that is evaluated an
 _ROUND_FROM = 0.8  # share of the steps after which INT8 regions round in training too
 _CHECKS = 16  # evaluations on the search split, at most
 _CHECK_SHARE = 12.0  # and training lasts this many times as long as evaluating
-_RECIPE = {"version": 3, "rate": _RATE, "mix": _MIX, "old": _OLD_RATE, "features": [_FEATURES, _FEATURE_SHARE], "ema": _EMA}
+_RECIPE = {
+    "version": 3,
+    "rate": _RATE,
+    "mix": _MIX,
+    "old": _OLD_RATE,
+    "features": [_FEATURES, _FEATURE_SHARE],
+    "ema": _EMA,
+}
 
 
 class Finetune:
@@ -78,7 +86,9 @@ class Finetune:
             history = ctx.store.get_json("history", key) or []
             return replace(state, student=student, history=tuple(history))
         history = tune(state, ctx, ctx.data, student)
-        ctx.store.put_tensors("finetuned", key, {k: v.detach().contiguous().numpy() for k, v in student.state_dict().items()})
+        ctx.store.put_tensors(
+            "finetuned", key, {k: v.detach().contiguous().numpy() for k, v in student.state_dict().items()}
+        )
         ctx.store.put_json("history", key, history)
         return replace(state, student=student, history=tuple(history))
 
@@ -109,8 +119,8 @@ def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> 
     held = [c.region for c in state.plan.choices if c.region in names]
     if opaque_leaves(network):
         ctx.note("opaque operations pass no gradient: fine-tuning works on the regions before them")
-    teacher = with_taps(network, [state.match.region(r).output for r in held]).to(memory_format=torch.channels_last)
-    student.to(memory_format=torch.channels_last)
+    teacher = fast_module(with_taps(network, [state.match.region(r).output for r in held]))
+    fast_module(student)
     view = rounded_view(student, blueprint, reduce_range=reduce_range)
     tapped = with_taps(view, held)
     augment = augmentation(network, data, kind)
@@ -138,7 +148,7 @@ def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> 
             if not torch.isfinite(loss):
                 ctx.note("fine-tuning met a non-finite loss and stopped early; the best state before it is kept")
                 break
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
             optimizer.step()
             average.update(student)

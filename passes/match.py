@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class Matcher:
     # -- structure -----------------------------------------------------------------------------------------
     def _flow(self) -> Any:
         """Data flow from a virtual source (the inputs) to a virtual sink (the outputs)."""
-        g = nx.DiGraph()
+        g: Any = nx.DiGraph()
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 g.add_edge(_SOURCE, node.name)
@@ -69,7 +70,7 @@ class Matcher:
         while chain[-1] != _SINK:
             chain.append(dominator[chain[-1]])
         found = []
-        for entry, exit_ in zip(chain, chain[1:], strict=False):
+        for entry, exit_ in itertools.pairwise(chain):
             inside = (nx.descendants(g, entry) & nx.ancestors(g, exit_)) | {exit_}
             names = tuple(sorted(inside - {_SINK}, key=lambda n: self.order[n]))
             if entry == _SOURCE and names and self.nodes[names[-1]].op == "placeholder":
@@ -139,7 +140,7 @@ class Matcher:
         if any(isinstance(m, MatMul) for m in leaves) and any(type(m).__name__ == "Softmax" for m in leaves):
             return "attention"
         if isinstance(join, Concat):
-            entry = self.nodes[e.entry] if e.entry in self.nodes else None
+            entry = self.nodes.get(e.entry, None)
             return "dense_layer" if entry in self.nodes[e.exit].all_input_nodes else "plain_conv"
         if any(isinstance(m, Conv) and m.groups > 1 and m.groups == m.weight.shape[0] for m in leaves):
             return "inverted_residual"
@@ -173,7 +174,9 @@ class Matcher:
     def _reject(self, es: list[_Element], reason: str) -> None:
         names = tuple(n for e in es for n in e.nodes)
         if names:
-            self.rejections.append(Rejection(names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", reason, names))
+            self.rejections.append(
+                Rejection(names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", reason, names)
+            )
 
     def _why_not(self, es: list[_Element]) -> str:
         leaves = self.leaves([n for e in es for n in e.nodes])
@@ -208,7 +211,8 @@ class Matcher:
         )
 
     def first_input(self) -> str:
-        return next(n.name for n in self.module.graph.nodes if n.op == "placeholder")
+        name: str = next(n.name for n in self.module.graph.nodes if n.op == "placeholder")
+        return name
 
     def match(self) -> MatchResult:
         """All regions: atoms in order, then what joins neighbouring atoms."""
@@ -237,7 +241,8 @@ class Matcher:
         return None if isinstance(made, str) else made
 
     def _dense_blocks(self, atoms: list[tuple[Region, list[_Element]]]) -> list[Region]:
-        found, run = [], []
+        found: list[Region | None] = []
+        run: list[tuple[Region, list[_Element]]] = []
         for item in [*atoms, None]:
             if item is not None and item[0].kind == "dense_layer" and (not run or run[-1][0].output == item[0].input):
                 run.append(item)
@@ -254,7 +259,7 @@ class Matcher:
             for i in range(len(atoms) - length + 1):
                 run = atoms[i : i + length]
                 regions = [r for r, _ in run]
-                adjacent = all(a.output == b.input for a, b in zip(regions, regions[1:], strict=False))
+                adjacent = all(a.output == b.input for a, b in itertools.pairwise(regions))
                 if not adjacent or any(r.kind not in spannable for r in regions):
                     continue
                 spatial = len(regions[0].in_shape) == 3 and len(regions[-1].out_shape) == 3

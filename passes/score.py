@@ -17,7 +17,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import subgraph, with_taps
 from hantc.passes.distill import weights_key
-from hantc.passes.engine import OutputKind, divergence, first_output, output_kind
+from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, output_kind
 from hantc.passes.plug import teacher_part, trained
 from hantc.passes.state import Context, Proposal, State
 
@@ -53,7 +53,9 @@ class Score:
         """Score what the store does not hold; the teacher's own operation in FP32 scores 0."""
         assert state.match is not None and state.costs is not None and state.weights is not None
         teacher = [
-            ScoreRow(r.name, "teacher", "fp32", 0.0, 0.0, 0.0 if ctx.data is None or ctx.data.labelled else None, 1.0, 0.0)
+            ScoreRow(
+                r.name, "teacher", "fp32", 0.0, 0.0, 0.0 if ctx.data is None or ctx.data.labelled else None, 1.0, 0.0
+            )
             for r in state.match.regions
         ]
         if ctx.data is None:
@@ -116,7 +118,7 @@ class Score:
 
     def _score(self, state: State, ctx: Context, data: Dataset, entries: Sequence[_Entry]) -> list[ScoreRow]:
         assert state.network is not None
-        network = state.network.to(memory_format=torch.channels_last)
+        network = fast_module(state.network)
         kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
         n = min(ctx.effort.score_images, len(data.search))
         base: list[Tensor] = []
@@ -138,11 +140,17 @@ class Score:
 
     @staticmethod
     def _batch(
-        network: fx.GraphModule, kind: OutputKind, entries: Sequence[_Entry], x: Tensor, y: Tensor | None, *, first: bool
+        network: fx.GraphModule,
+        kind: OutputKind,
+        entries: Sequence[_Entry],
+        x: Tensor,
+        y: Tensor | None,
+        *,
+        first: bool,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Score every entry on one batch; yields the teacher's own (loss, hits) once."""
         taps = sorted({e.region.input for e in entries} | {e.region.output for e in entries})
-        outputs, values = with_taps(network, taps)(x.to(memory_format=torch.channels_last))
+        outputs, values = with_taps(network, taps)(fast_layout(x))
         tapped = dict(zip(taps, values, strict=True))
         t = first_output(outputs)
         names = [a.name for a in next(n for n in network.graph.nodes if n.op == "output").all_input_nodes]
@@ -177,7 +185,15 @@ class Score:
             dropped = f"alone it costs {drop if drop is not None else 100 * (1 - agreement):.1f} points"
         mse = sum(e.mse) / len(e.mse)
         return ScoreRow(
-            e.region.name, e.candidate, e.precision, score, spread, drop, agreement, mse if math.isfinite(mse) else 1e9, dropped
+            e.region.name,
+            e.candidate,
+            e.precision,
+            score,
+            spread,
+            drop,
+            agreement,
+            mse if math.isfinite(mse) else 1e9,
+            dropped,
         )
 
 

@@ -17,11 +17,11 @@ from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import observing
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
+from hantc.passes.bench import Bench
 from hantc.passes.cost import Meter
 from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import Judge, fast_layout, output_kind
 from hantc.passes.state import Context, Evaluated, State
-from hantc.passes.bench import Bench
 from hantc.search.explore import explore
 from hantc.search.ilp import solve, solve_diverse
 from hantc.search.pareto import reachable, solve_for_score
@@ -101,6 +101,7 @@ class Select:
         if ctx.config.max_drop is None:
             evaluated += self._explore(state, ctx, meter, budget)
         best = self._best(evaluated, budget, ctx)
+        assert state.costs is not None
         solver = {"k": len(evaluated), "seconds": time.monotonic() - started, "scale": state.costs.scale}
         plan = replace(best.plan, solver={**best.plan.solver, **solver})
         evaluated = [replace(e, chosen=e is best) for e in evaluated]
@@ -119,7 +120,12 @@ class Select:
                 "costs": [asdict(r) for r in state.costs.rows],
                 "teacher_ms": state.costs.teacher_ms,
                 "scores": [asdict(s) for s in state.scores],
-                "options": [asdict(config.budget) if config.budget else None, config.max_drop, config.effort, config.seed],
+                "options": [
+                    asdict(config.budget) if config.budget else None,
+                    config.max_drop,
+                    config.effort,
+                    config.seed,
+                ],
             }
         )
 
@@ -138,7 +144,15 @@ class Select:
         teacher = state.costs.teacher_ms
         rows = state.costs.by_key()
         choices = tuple(
-            Choice(r.name, r.kind, "teacher", "fp32", 0.0, rows[r.name, "teacher", "fp32"].latency_ms, rows[r.name, "teacher", "fp32"].latency_ms)
+            Choice(
+                r.name,
+                r.kind,
+                "teacher",
+                "fp32",
+                0.0,
+                rows[r.name, "teacher", "fp32"].latency_ms,
+                rows[r.name, "teacher", "fp32"].latency_ms,
+            )
             for r in state.match.regions
             if len(r.atoms) == 1
         )
@@ -262,7 +276,9 @@ def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
         others = [o for i, o in enumerate(problem.items) if o.region == item.region and i != index]
         second = min(others, key=lambda o: (o.score, o.cost), default=None)
         teacher = sum(
-            o.cost for o in problem.items if o.atoms <= item.atoms and len(o.atoms) == 1 and (o.candidate, o.precision) == ("teacher", "fp32")
+            o.cost
+            for o in problem.items
+            if o.atoms <= item.atoms and len(o.atoms) == 1 and (o.candidate, o.precision) == ("teacher", "fp32")
         )
         choices.append(
             Choice(
@@ -276,7 +292,11 @@ def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
                 runner_up=f"{second.candidate} {second.precision}" if second else "",
             )
         )
-    solver = {"optimal": solution.optimal, "gap": solution.gap if math.isfinite(solution.gap) else None, "items": len(problem.items)}
+    solver = {
+        "optimal": solution.optimal,
+        "gap": solution.gap if math.isfinite(solution.gap) else None,
+        "items": len(problem.items),
+    }
     return Plan(tuple(choices), solution.cost, problem.budget, solution.score, solver)
 
 

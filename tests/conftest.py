@@ -173,5 +173,15 @@ def compiled(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     folder = tmp_path_factory.mktemp("compiled")
     out, store = folder / "run", folder / "store"
     argv = (str(tiny.model), "--target", "xeon", "--data", str(tiny.data), *QUICK, "--store", str(store))
-    argv = (*argv, "--out", str(out))
+    argv = (*argv, "--budget", "0.8", "--out", str(out))
     return Compiled(out, store, argv, run_cli(*argv, "--json"))
+
+
+@pytest.fixture(scope="session", name="run_model")
+def _run_model() -> Callable[..., Array]:
+    return run_model
+
+
+@pytest.fixture(scope="session", name="events")
+def _events() -> Callable[..., list[dict[str, Any]]]:
+    return events

@@ -32,7 +32,9 @@ class Budget:
             return cls(ms=value)
         value = value / 100 if m.group(2) == "%" else value
         if value > 1:
-            raise UsageError(f"--budget {text!r} is more than the teacher's own latency", hint="for 8 milliseconds write 8ms")
+            raise UsageError(
+                f"--budget {text!r} is more than the teacher's own latency", hint="for 8 milliseconds write 8ms"
+            )
         return cls(fraction=value)
 
     def in_ms(self, teacher_ms: float) -> float:

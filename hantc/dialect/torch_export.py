@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -10,14 +11,21 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from hantc.core.errors import ModelError
+from hantc.core.errors import ModelError, UsageError
 
 
 def export_module(module: nn.Module, example: Tensor) -> ModelProto:
-    """Export a module in evaluation mode with a dynamic batch; ModelError with torch's reason otherwise.
+    """Export a module in evaluation mode with a dynamic batch; ModelError with torch's reason otherwise,
+    UsageError where onnxscript is not installed.
 
     `example`: (1, …), float. The module's mode is restored.
     """
+    if importlib.util.find_spec("onnxscript") is None:
+        raise UsageError(
+            "torch modules need the package onnxscript, which torch.onnx.export is written with",
+            where=type(module).__name__,
+            hint="pip install onnxscript, or export the module to an .onnx file elsewhere",
+        )
     training = module.training
     module.eval()
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from hantc.core.atomic import write_bytes
 from hantc.core.types import ModelInfo
 from hantc.dialect.emitter import emit
 from hantc.run import Run, compile
@@ -31,13 +33,9 @@ class HantPass(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Compile; `modified` says whether any region was replaced."""
-        info = graph_module.meta.get("info")
-        if isinstance(info, ModelInfo):
-            folder = os.fspath(self.out)
-            os.makedirs(folder, exist_ok=True)
-            path = os.path.join(folder, "teacher.onnx")
-            with open(path, "wb") as f:
-                f.write(emit(graph_module).model.SerializeToString())
+        if isinstance(graph_module.meta.get("info"), ModelInfo):
+            path = Path(self.out) / "teacher.onnx"
+            write_bytes(path, emit(graph_module).model.SerializeToString())
             self.run = compile(path, out=self.out, **self.options)
         else:
             self.run = compile(graph_module, example_input=self.example_input, out=self.out, **self.options)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hantc.backends.registry import available
+from hantc.backends.targets import TARGETS
 
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnx-graphsurgeon", "networkx", "pulp", "highspy")
 
@@ -59,3 +60,18 @@ def doctor_table(data: dict[str, Any]) -> RenderableType:
     for name, v in data["versions"].items():
         packages.add_row(name, v)
     return Group(machine, backends, packages)
+
+
+def targets_data() -> list[dict[str, Any]]:
+    """Every target, and whether it can be compiled for here."""
+    found = available()
+    return [{**asdict(t), "available": found[t.backend].available, "reason": found[t.backend].reason} for t in TARGETS]
+
+
+def targets_table() -> RenderableType:
+    """The same for the terminal."""
+    table = Table("target", "backend", "precisions", "here", "what")
+    for t in targets_data():
+        here = "yes" if t["available"] else f"no: {t['reason']}"
+        table.add_row(t["name"], t["backend"], " ".join(t["precisions"]), here, t["description"])
+    return table

@@ -26,7 +26,7 @@ def networks(summary: Summary) -> list[tuple[str, str, NetworkStats | None]]:
     """(key, title, figures) of the teacher, the teacher in INT8 and the student, in this order."""
     return [
         ("teacher", "Teacher", summary.teacher),
-        ("baseline_int8", "Teacher, all INT8", summary.baseline_int8),
+        ("baseline_int8", "Teacher in INT8", summary.baseline_int8),
         ("student", "Student", summary.student),
     ]
 
@@ -181,8 +181,16 @@ def _candidates(run: RunRecords, region: str, choice: ChoiceRow | None) -> list[
     skipped = {(c, p): why for r, c, p, why in (run.costs.skipped if run.costs else ()) if r == region}
     picked = (choice.candidate, choice.precision) if choice else None
     keys = list(dict.fromkeys([*([picked] if picked else []), *costs, *scores, *skipped]))
+    # "*" stands for every precision: it explains the measured ones, and has a row of its own only without them
+    seen = {name for name, precision in keys if precision != "*"}
+    keys = [k for k in keys if k[1] != "*" or k[0] not in seen]
     teacher = teacher_costs(run).get(region)
-    rows = [_candidate(k, costs.get(k), scores.get(k), skipped.get(k), teacher, choice) for k in keys]
+    why = {k: skipped.get(k, skipped.get((k[0], "*"))) for k in keys}
+    rows = [_candidate(k, costs.get(k), scores.get(k), why[k], teacher, choice) for k in keys]
+    scored = {r["candidate"]: r["precision"] for r in rows if r["score"] is not None}
+    for row in rows:
+        if row["status"] == "not scored" and row["candidate"] in scored:
+            row["reason"] = f"judged in {scored[row['candidate']]}, where it is faster"
 
     def rank(row: dict[str, Any]) -> tuple[int, float, float]:
         score, cost = row["score"], row["cost_ms"]

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, OverflowMethod, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -25,27 +26,32 @@ from hantc.report.summary import Summary
 _STATUS_STYLE = {"chosen": "bold green", "runner-up": "cyan", "dropped": "red", "skipped": "dim", "not scored": "dim"}
 
 
-def summary_table(summary: Summary) -> Table:
-    """Teacher, INT8 teacher and student: latency, speed-up, accuracy, size."""
+def summary_table(summary: Summary) -> RenderableType:
+    """Teacher, INT8 teacher and student: latency, speed-up, accuracy, size; parameters where there is room."""
     data = summary_data(summary)
-    table = _table(["", "latency", "speed-up", "accuracy", "size", "params", "MACs"], right_from=1)
-    for key, title, net in networks(summary):
-        row = data[key]
-        if net is None or row is None:
-            table.add_row(_text(title), *[Text("–", "dim")] * 6)
-            continue
-        cells = [
-            fmt.fmt_ms(net.latency_ms),
-            fmt.fmt_times(row["speedup"]),
-            accuracy_text(net.accuracy, None if key == "teacher" else row["accuracy_change"]),
-            fmt.fmt_bytes(net.size_bytes),
-            fmt.fmt_count(net.params),
-            fmt.fmt_count(net.macs),
-        ]
-        table.add_row(_text(title), *map(_text, cells), style="bold" if key == "student" else None)
-    if summary.baseline_int8 is None:
-        table.caption = _text(f"no INT8 teacher: {summary.baseline_int8_reason or 'it was not built'}")
-    return table
+    wide = ["", "latency", "speed-up", "accuracy", "size", "params", "MACs"]
+    tables = []
+    for headings in (wide, [h for h in wide if h != "params"]):
+        table = _table(headings, right_from=1)
+        for key, title, net in networks(summary):
+            row = data[key]
+            if net is None or row is None:
+                table.add_row(_text(title), *[Text("–", "dim")] * (len(headings) - 1))
+                continue
+            cells = {
+                "": title,
+                "latency": fmt.fmt_ms(net.latency_ms),
+                "speed-up": fmt.fmt_times(row["speedup"]),
+                "accuracy": accuracy_text(net.accuracy, None if key == "teacher" else row["accuracy_change"]),
+                "size": fmt.fmt_bytes(net.size_bytes),
+                "params": fmt.fmt_count(net.params),
+                "MACs": fmt.fmt_count(net.macs),
+            }
+            table.add_row(*(_text(cells[h]) for h in headings), style="bold" if key == "student" else None)
+        if summary.baseline_int8 is None:
+            table.caption = _text(f"no INT8 teacher: {summary.baseline_int8_reason or 'it was not built'}")
+        tables.append(table)
+    return _Fitted(*tables)
 
 
 def accuracy_text(accuracy: float | None, change: float | None) -> str:
@@ -55,27 +61,63 @@ def accuracy_text(accuracy: float | None, change: float | None) -> str:
     return fmt.fmt_percent(accuracy) + ("" if change is None else f" ({fmt.fmt_points(-change)})")
 
 
-def choices_table(summary: Summary) -> Table:
-    """What became of each region: choice, precision, cost against the teacher's, score, runner-up."""
-    table = _table(["region", "kind", "choice", "precision", "cost", "teacher", "ratio", "score", "runner-up"])
-    for column in table.columns[4:8]:
-        column.justify = "right"
-    for row in choices_data(summary):
-        cells = [
-            row["region"],
-            row["kind"],
-            row["candidate"],
-            row["precision"],
-            fmt.fmt_ms(row["cost_ms"]),
-            fmt.fmt_ms(row["teacher_cost_ms"]),
-            fmt.fmt_share(row["ratio"], 0),
-            fmt.fmt_score(row["score"]),
-            row["runner_up"] or "–",
-        ]
-        table.add_row(*map(_text, cells), style="dim" if row["change"] == "kept" else None)
-    if not summary.choices:
-        table.caption = "no region was selected"
-    return table
+def choices_table(summary: Summary) -> RenderableType:
+    """What became of each region: choice, precision, cost against the teacher's, score; the runner-up too where
+    the terminal is wide enough (`hantc explain` names it anyway)."""
+    wide = ["region", "kind", "choice", "in", "ms", "teacher", "ratio", "score", "runner-up"]
+    tables = []
+    for headings in (wide, wide[:6] + wide[7:8]):
+        table = _table(headings, whole=True)
+        for column in table.columns[4:8]:
+            column.justify = "right"
+        for row in choices_data(summary):
+            cells = {
+                **{k: row[k] for k in ("region", "kind")},
+                "choice": row["candidate"],
+                "in": row["precision"],
+                "ms": _bare_ms(row["cost_ms"]),
+                "teacher": _bare_ms(row["teacher_cost_ms"]),
+                "ratio": fmt.fmt_share(row["ratio"], 0),
+                "score": fmt.fmt_score(row["score"]),
+                "runner-up": row["runner_up"] or "–",
+            }
+            style = "dim" if row["change"] == "kept" else None
+            table.add_row(*(_text(cells[h]) for h in headings), style=style)
+        if not summary.choices:
+            table.caption = "no region was selected"
+        tables.append(table)
+    return _Fitted(*tables)
+
+
+class _Fitted:
+    """The first of two tables if it fits, else the second."""
+
+    def __init__(self, wide: Table, narrow: Table) -> None:
+        self.wide, self.narrow = wide, narrow
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Table]:
+        fits = Measurement.get(console, options.update(width=10_000), self.wide).maximum <= options.max_width
+        yield self.wide if fits else self.narrow
+
+
+def _bare_ms(value: float | None) -> str:
+    return fmt.fmt_ms(value).removesuffix(" ms")
+
+
+def verification_table(found: dict[str, Any]) -> RenderableType:
+    """`hantc verify RUN`: recorded figures beside those measured now, and the verdict."""
+    was = found["recorded"]
+    table = _table(["figure", "recorded", "now"], right_from=1)
+    for title, key in (("teacher", "teacher"), ("student", "student")):
+        pair = (was[key]["latency_ms"], found[key]["latency_ms"])
+        table.add_row(f"{title} latency", *(fmt.fmt_ms(v) for v in pair))
+    table.add_row("speed-up", fmt.fmt_times(was["speedup"]), fmt.fmt_times(found["speedup"]))
+    for key in ("teacher", "student"):
+        table.add_row(f"{key} accuracy", *(fmt.fmt_percent(f[key]["accuracy"], 2) for f in (was, found)))
+    table.add_row("agreement", *(fmt.fmt_share(f["agreement"], 2) for f in (was, found)))
+    verdict_line = Text("confirmed", "bold green") if found["ok"] else Text("not confirmed", "bold red")
+    lines = [_text(f"differs: {d}", limit=2000) for d in found["differences"]]
+    return Group(table, *lines, *(_text(f"note: {n}", limit=2000) for n in found["notes"]), verdict_line)
 
 
 def explain_region(run_folder: str | os.PathLike[str], region: str) -> RenderableType:
@@ -92,26 +134,35 @@ def explain_region(run_folder: str | os.PathLike[str], region: str) -> Renderabl
         lines.append(_text(f"{shapes}, {size}"))
     lines.append(_text(verdict(data)))
     lines.append(_text(", ".join(f"{n} {status}" for status, n in counts.items()) or "no candidate on record"))
-    table = _table(["candidate", "precision", "cost", "ratio", "score", "Δ accuracy", "agreement", "outcome"])
-    for column in table.columns[2:7]:
-        column.justify = "right"
-    for row in data["candidates"]:
-        table.add_row(*_candidate_cells(row))
-    return Group(*lines, table) if data["candidates"] else Group(*lines)
+    wide = ["candidate", "in", "ms", "ratio", "score", "±", "Δ accuracy", "agreement", "outcome"]
+    tables = []
+    for headings in (wide, ["candidate", "in", "ms", "score", "outcome"]):
+        table = _table(headings, whole=True)
+        for column in table.columns[2:-1]:
+            column.justify = "right"
+        table.columns[-1].no_wrap = False
+        for row in data["candidates"]:
+            cells = _candidate_cells(row)
+            table.add_row(*(cells[h] for h in headings))
+        tables.append(table)
+    return Group(*lines, _Fitted(*tables)) if data["candidates"] else Group(*lines)
 
 
-def _candidate_cells(row: dict[str, Any]) -> Iterable[Text]:
+def _candidate_cells(row: dict[str, Any]) -> dict[str, Text]:
     outcome = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
     style = _STATUS_STYLE.get(row["status"], "")
-    error = f" ± {fmt.fmt_score(row['score_stderr'])}" if row["score_stderr"] else ""
-    yield _text(row["candidate"], style)
-    yield _text(row["precision"])
-    yield _text(fmt.fmt_ms(row["cost_ms"]) + (" (predicted)" if row["cost_predicted"] else ""))
-    yield _text(fmt.fmt_share(row["ratio"], 0))
-    yield _text(fmt.fmt_score(row["score"]) + error)
-    yield _text("–" if row["accuracy_drop"] is None else fmt.fmt_points(row["accuracy_drop"]))
-    yield _text("–" if row["agreement"] is None else fmt.fmt_share(row["agreement"]))
-    yield _text(outcome, style)
+    drop, agreement = row["accuracy_drop"], row["agreement"]
+    return {
+        "candidate": _text(row["candidate"], style),
+        "in": _text(row["precision"]),
+        "ms": _text(_bare_ms(row["cost_ms"]) + (" (predicted)" if row["cost_predicted"] else "")),
+        "ratio": _text(fmt.fmt_share(row["ratio"], 0)),
+        "score": _text(fmt.fmt_score(row["score"])),
+        "±": _text(fmt.fmt_score(row["score_stderr"]) if row["score_stderr"] else ""),
+        "Δ accuracy": _text("–" if drop is None else fmt.fmt_points(drop)),
+        "agreement": _text("–" if agreement is None else fmt.fmt_share(agreement)),
+        "outcome": _text(outcome, style),
+    }
 
 
 def verdict(data: dict[str, Any]) -> str:
@@ -201,11 +252,13 @@ def _shape(dims: Iterable[int]) -> str:
     return "×".join(str(d) for d in dims)
 
 
-def _table(headings: list[str], right_from: int | None = None) -> Table:
+def _table(headings: list[str], right_from: int | None = None, *, whole: bool = False) -> Table:
+    """`whole`: cells are cut rather than folded where the terminal is too narrow for them."""
     table = Table(box=None, pad_edge=False, header_style="dim", caption_justify="left")
     for i, heading in enumerate(headings):
         right = right_from is not None and i >= right_from
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        overflow: OverflowMethod = "ellipsis" if whole else "fold"
+        table.add_column(heading, justify="right" if right else "left", overflow=overflow, no_wrap=whole)
     return table
 
 

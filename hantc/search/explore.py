@@ -59,7 +59,8 @@ class _Posterior:
         """One sample of all weights, never negative."""
         spread = np.sqrt(np.clip(np.diag(self.cov), 0, None))
         # independent draws: cheaper than a factorisation, and correlations matter little for exploring
-        return np.maximum(self.mean + spread * 0.5 * rng.standard_normal(len(self.mean)), 0.0)
+        drawn: np.ndarray[Any, Any] = np.maximum(self.mean + spread * 0.5 * rng.standard_normal(len(self.mean)), 0.0)
+        return drawn
 
 
 def explore(

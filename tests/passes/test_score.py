@@ -32,7 +32,9 @@ def weights_of(state: State, region: str, spec: CandidateSpec, fill: float | Non
     return {k: v.detach().clone() for k, v in module.state_dict().items()}
 
 
-def offering(state: State, *offers: tuple[str, CandidateSpec, WeightMap], precisions: tuple[str, ...] = ("fp32",)) -> State:
+def offering(
+    state: State, *offers: tuple[str, CandidateSpec, WeightMap], precisions: tuple[str, ...] = ("fp32",)
+) -> State:
     """`state` with trained candidates, cheapest in the last of `precisions`."""
     assert state.match is not None
     names = [(r.name, "teacher") for r in state.match.regions] + [(r, s.name) for r, s, _ in offers]

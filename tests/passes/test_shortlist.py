@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region
@@ -19,7 +21,7 @@ REGIONS = {r.name: r for r in (region("r0", 0), region("r1", 1), region("r0_r1",
 
 
 def choose(
-    options: dict[str, tuple[float, ...]],
+    options: Mapping[str, tuple[float, ...]],
     *,
     where: str = "r0",
     places: tuple[int, int] = (2, 1),

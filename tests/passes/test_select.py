@@ -1,0 +1,175 @@
+"""Choosing: within the budget, by what whole students measure and lose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hantc.core.config import Budget
+from hantc.core.errors import BudgetError
+from hantc.core.types import CandidateSpec, MatchResult, Plan, ScoreRow
+from hantc.passes.select import Select
+from hantc.passes.state import Context, State
+
+if TYPE_CHECKING:
+    from tests.passes.conftest import Lab
+
+STACK = CandidateSpec.make("cb_stack", k=3, w=0.5).name
+
+
+def in_fp32(lab: Lab) -> State:
+    """The scored state without INT8; candidates with invented scores."""
+    state = lab.scored
+    assert state.costs is not None and state.match is not None and state.weights is not None
+    made = {"r01": 0.4, "r02": 0.3, "r03": 0.1, "r02_r03": 0.6}
+    scores = [ScoreRow(r.name, "teacher", "fp32", 0.0, 0.0, 0.0, 1.0, 0.0) for r in state.match.regions]
+    scores += [ScoreRow(r, STACK, "fp32", v, 0.0, 0.0, 1.0, 0.1) for r, v in made.items()]
+    rows = tuple(r for r in state.costs.rows if r.precision == "fp32")
+    return replace(state, scores=tuple(scores), costs=replace(state.costs, rows=rows))
+
+
+def select(state: State, ctx: Context) -> tuple[State, Plan]:
+    after = Select().call(state, ctx)
+    assert after.plan is not None
+    return after, after.plan
+
+
+def check(state: State, plan: Plan) -> None:
+    """Every atom is covered exactly once, by what has been priced and scored; figures add up."""
+    assert state.match is not None and state.costs is not None and state.scores is not None
+    atoms = [a for c in plan.choices for a in state.match.region(c.region).atoms]
+    assert sorted(atoms) == list(range(state.match.n_atoms))
+    assert atoms == sorted(atoms), "in the network's order"
+    usable = {(r.region, r.candidate, r.precision) for r in state.scores if not r.dropped}
+    assert {(c.region, c.candidate, c.precision) for c in plan.choices} <= usable & set(state.costs.by_key())
+    assert plan.predicted_score == pytest.approx(sum(c.score for c in plan.choices))
+
+
+@pytest.mark.parametrize("fraction", [0.6, 0.8, 1.0])
+def test_the_plan_keeps_to_the_budget_and_to_what_is_measured(lab: Lab, fraction: float) -> None:
+    ctx = lab.fresh(precisions=("fp32",), budget=Budget(fraction=fraction))
+    state, plan = select(in_fp32(lab), ctx)
+    check(state, plan)
+    assert state.costs is not None
+    budget = fraction * state.costs.teacher_ms
+    assert plan.budget_ms == pytest.approx(budget)
+    assert plan.predicted_latency_ms <= budget * 1.000001
+    (chosen,) = [e for e in state.evaluated if e.chosen]
+    assert [(c.region, c.candidate) for c in chosen.plan.choices] == [(c.region, c.candidate) for c in plan.choices]
+    assert chosen.measured_ms <= 1.02 * budget
+    assert chosen.measured_ms == pytest.approx(plan.predicted_latency_ms, rel=0.05)
+    assert chosen.teacher_ms == pytest.approx(state.costs.teacher_ms)
+    fitting = [e.loss for e in state.evaluated if e.measured_ms <= budget and e.loss is not None]
+    assert chosen.loss == pytest.approx(min(fitting))
+    changed = [c for c in plan.choices if c.candidate != "teacher"]
+    assert bool(changed) == (fraction < 1), "with room for it, the teacher itself is best"
+
+
+def test_students_are_judged_as_networks(lab: Lab) -> None:
+    state, _ = select(in_fp32(lab), lab.fresh(precisions=("fp32",), budget=Budget(fraction=1.0)))
+    teacher = [e for e in state.evaluated if all(c.candidate == "teacher" for c in e.plan.choices)]
+    assert teacher
+    assert all(e.accuracy == 100.0 for e in teacher)
+    others = [e for e in state.evaluated if e not in teacher]
+    assert all(e.loss is not None and teacher[0].loss is not None and e.loss > teacher[0].loss for e in others)
+    plans = [tuple((c.region, c.candidate, c.precision) for c in e.plan.choices) for e in state.evaluated]
+    assert len(set(plans)) > 1, "several selections are looked at"
+
+
+def test_both_precisions_together(lab: Lab) -> None:
+    ctx = lab.fresh(budget=Budget(fraction=0.5))
+    state, plan = select(lab.scored, ctx)
+    check(state, plan)
+    assert {c.precision for c in plan.choices} & {"int8"}, "INT8 costs a quarter here and nearly nothing in accuracy"
+    (chosen,) = [e for e in state.evaluated if e.chosen]
+    assert chosen.measured_ms <= 1.02 * plan.budget_ms
+    assert chosen.accuracy is not None and chosen.accuracy > 90
+    assert all(c.runner_up for c in plan.choices)
+    assert "seconds" in plan.solver
+
+
+def test_without_labels(lab: Lab) -> None:
+    ctx = lab.fresh(data=lab.plain, budget=Budget(fraction=0.5))
+    state, plan = select(lab.scored, ctx)
+    check(state, plan)
+    # agreement with the teacher stands in for accuracy
+    assert all(e.accuracy is not None and 0 <= e.accuracy <= 100 for e in state.evaluated)
+    assert all(e.loss is not None and e.loss >= -1e-6 for e in state.evaluated)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Select, "_measure", never)
+
+
+def test_the_same_question_is_answered_from_the_store(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = lab.fresh(budget=Budget(fraction=0.5))
+    first, plan = select(lab.scored, ctx)
+    forbid(monkeypatch)
+    again, same = select(lab.scored, lab.fresh(budget=Budget(fraction=0.5), store=ctx.store))
+    assert same == plan
+    assert again.evaluated == first.evaluated
+    assert first.costs is not None and again.costs is not None
+    assert again.costs.scale == first.costs.scale
+    with pytest.raises(AssertionError, match="measured again"):
+        select(lab.scored, lab.fresh(budget=Budget(fraction=0.6), store=ctx.store))
+
+
+@pytest.mark.xfail(reason="select.py: _restore scales the regions' costs but not the glue")
+def test_the_corrected_costs_are_the_same_from_the_store(lab: Lab) -> None:
+    ctx = lab.fresh(budget=Budget(fraction=0.5))
+    state = replace(lab.scored, costs=replace(lab.scored.costs, scale=0.5))  # type: ignore[type-var]
+    first, _ = select(state, ctx)
+    again, _ = select(state, lab.fresh(budget=Budget(fraction=0.5), store=ctx.store))
+    assert first.costs is not None and again.costs is not None
+    assert first.costs.scale != 0.5, "the table was corrected"
+    assert again.costs.glue_ms == pytest.approx(first.costs.glue_ms)
+
+
+def test_a_budget_out_of_reach_is_an_error_that_names_the_nearest(lab: Lab) -> None:
+    with pytest.raises(BudgetError) as failure:
+        select(in_fp32(lab), lab.fresh(precisions=("fp32",), budget=Budget(ms=0.01)))
+    error = failure.value
+    assert error.exit_code == 1
+    assert "0.010 ms" in error.message
+    assert error.nearest > 0.01
+    assert error.hint.startswith("--budget ")
+    # what the hint says works
+    advised = Budget.parse(error.hint.split()[1].rstrip(","))
+    state, plan = select(in_fp32(lab), lab.fresh(precisions=("fp32",), budget=advised))
+    check(state, plan)
+    assert plan.predicted_latency_ms <= advised.in_ms(1.0) * 1.000001
+
+
+def test_the_fastest_within_the_allowed_drop(lab: Lab) -> None:
+    strict, _ = select(in_fp32(lab), lab.fresh(precisions=("fp32",), max_drop=0.0))
+    loose, plan = select(in_fp32(lab), lab.fresh(precisions=("fp32",), max_drop=100.0))
+    check(loose, plan)
+    (tight,), (free,) = ([e for e in s.evaluated if e.chosen] for s in (strict, loose))
+    assert free.measured_ms == min(e.measured_ms for e in loose.evaluated)
+    assert free.measured_ms <= tight.measured_ms
+    assert tight.accuracy == max(e.accuracy or math.nan for e in strict.evaluated)
+
+
+def test_without_data_the_teachers_own_operations_are_the_plan(lab: Lab) -> None:
+    state, plan = select(lab.scored, lab.context())
+    assert [(c.region, c.candidate, c.precision) for c in plan.choices] == [
+        (r, "teacher", "fp32") for r in ("r00", "r01", "r02", "r03")
+    ]
+    assert all(c.cost_ms == c.teacher_cost_ms > 0 for c in plan.choices)
+    assert state.costs is not None
+    assert plan.predicted_latency_ms == plan.budget_ms == state.costs.teacher_ms
+    assert plan.predicted_score == 0.0
+    assert "--data" in str(plan.solver["method"])
+    assert state.evaluated == ()
+
+
+def test_a_network_without_regions_has_an_empty_plan(lab: Lab) -> None:
+    bare = replace(lab.scored, match=MatchResult((), (), 0), scores=())
+    _, plan = select(bare, lab.fresh())
+    assert plan.choices == ()
