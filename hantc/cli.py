@@ -63,7 +63,7 @@ def _parser(prog: str, description: str, **kwargs: Any) -> argparse.ArgumentPars
 
         help_markup = text_markup = False
         highlights: ClassVar[list[str]] = []
-        group_name_formatter = str.capitalize  # type: ignore[assignment]
+        group_name_formatter = str.capitalize
 
     p = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=Formatter, allow_abbrev=False, **kwargs

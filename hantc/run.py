@@ -245,7 +245,7 @@ def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
     teacher = _teacher_file(folder, summary)
     notes: list[str] = []
     wanted = {k: summary.options.get(k) for k in ("data", "val", "preprocess", "precision")}
-    gone = [k for k in ("data", "val") if wanted[k] and not Path(wanted[k]).exists()]
+    gone = [k for k in ("data", "val") if wanted[k] and not Path(str(wanted[k])).exists()]
     if summary.data is not None and (gone or not wanted["data"]):
         notes.append(f"{summary.data.source} is no longer there: accuracy and agreement were not checked")
         wanted |= {"data": None, "val": None, "preprocess": None}
@@ -304,7 +304,8 @@ def compare(summary: Summary, facts: Mapping[str, Any], *, same_data: bool) -> d
     if was is not None and abs(is_ / was - 1) > SPEED_TOLERANCE:
         differences.append(f"speed-up {is_:.2f}×, recorded {was:.2f}× (tolerance {SPEED_TOLERANCE:.0%})")
     pairs = [(f"{k} accuracy", nets[k]["accuracy"], getattr(summary, k).accuracy) for k in nets]
-    pairs.append(("agreement", *(None if v is None else 100 * v for v in (now["agreement"], summary.agreement))))
+    shares = [None if v is None else 100 * v for v in (now["agreement"], summary.agreement)]
+    pairs.append(("agreement", shares[0], shares[1]))
     for name, a, b in pairs if same_data else ():
         if a is not None and b is not None and abs(a - b) > ACCURACY_TOLERANCE:
             differences.append(f"{name} {a:.2f} %, recorded {b:.2f} % (tolerance {ACCURACY_TOLERANCE} points)")

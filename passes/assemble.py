@@ -68,8 +68,8 @@ def calibration_feeds(student: fx.GraphModule, data: Dataset, images: int, batch
     """Feeds from the train split: `images` of them, in batches of `batch` (or the model's fixed one)."""
     spec = student.meta["info"].inputs[0]
     fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else None
-    size = fixed or batch
     n = min(images, len(data.train))
+    size = fixed or min(batch, n)
     order = np.random.default_rng(0).permutation(len(data.train))[:n].tolist()
     feeds: list[Feeds] = []
     for i in range(0, n - size + 1, size):

@@ -131,6 +131,8 @@ class Distill:
         if jobs:
             train(state.network, jobs, ctx, ctx.data)
         for job in jobs:
+            if not job.dead and not all(torch.isfinite(p).all() for p in job.module.parameters()):
+                job.dead = "its training diverged (non-finite weights)"
             if job.dead:
                 ctx.note(f"{job.region.name} {job.spec.name} dropped: {job.dead}")
                 skipped.append((job.region.name, job.spec.name, "*", job.dead))

@@ -47,7 +47,7 @@ _ROUND_FROM = 0.8  # share of the steps after which INT8 regions round in traini
 _CHECKS = 16  # evaluations on the search split, at most
 _CHECK_SHARE = 12.0  # and training lasts this many times as long as evaluating
 _RECIPE = {
-    "version": 3,
+    "version": 4,
     "rate": _RATE,
     "mix": _MIX,
     "old": _OLD_RATE,
@@ -140,6 +140,7 @@ def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> 
         best = _check(best, student, average, view, judge, ctx, history, box)
         checked = time.monotonic()
         spent = checked - begun
+        _rounding(view, False)
         for x, y in epochs(data.train, size, augment, ctx.config.seed + 1):
             x, y = mixed(x, y, generator, _MIX)
             set_rate(optimizer, box.rate())

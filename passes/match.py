@@ -37,7 +37,7 @@ class _Element:
 
     @property
     def simple(self) -> bool:
-        return len(self.nodes) == 1
+        return self.nodes == (self.exit,)  # what leads to the sink has no leaf at its exit
 
 
 class Matcher:
@@ -54,6 +54,7 @@ class Matcher:
     def _flow(self) -> Any:
         """Data flow from a virtual source (the inputs) to a virtual sink (the outputs)."""
         g: Any = nx.DiGraph()
+        g.add_nodes_from((_SOURCE, _SINK))
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 g.add_edge(_SOURCE, node.name)
@@ -66,6 +67,8 @@ class Matcher:
         """The main line: parts between the nodes that every path from input to output passes."""
         g = self._flow()
         dominator = nx.immediate_dominators(g.reverse(copy=False), _SINK)
+        if _SOURCE not in dominator:
+            return []  # no output depends on an input
         chain = [_SOURCE]
         while chain[-1] != _SINK:
             chain.append(dominator[chain[-1]])
@@ -79,7 +82,7 @@ class Matcher:
         return found
 
     def leaf(self, name: str) -> nn.Module | None:
-        return leaf_of(self.module, self.nodes[name])
+        return leaf_of(self.module, self.nodes[name]) if name in self.nodes else None  # None: source or sink
 
     def leaves(self, names: Sequence[str]) -> list[nn.Module]:
         return [m for m in (self.leaf(n) for n in names) if m is not None]
@@ -141,7 +144,11 @@ class Matcher:
             return "attention"
         if isinstance(join, Concat):
             entry = self.nodes.get(e.entry, None)
-            return "dense_layer" if entry in self.nodes[e.exit].all_input_nodes else "plain_conv"
+            joined = self.nodes[e.exit].all_input_nodes
+            if entry not in joined:
+                return "plain_conv"
+            # exporters write a whole block as one concatenation of its input and all its layers
+            return "dense_layer" if len(joined) == 2 else "dense_block"
         if any(isinstance(m, Conv) and m.groups > 1 and m.groups == m.weight.shape[0] for m in leaves):
             return "inverted_residual"
         return "residual"

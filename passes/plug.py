@@ -47,7 +47,7 @@ def compose(network: fx.GraphModule, parts: Sequence[tuple[Region, nn.Module]]) 
             entry = env[named[region.input]]
             env[node] = graph.create_node("call_module", region.name, (entry,), name=region.name)
     made = fx.GraphModule(modules, graph)
-    made.meta["info"] = network.meta["info"]
+    made.meta.update(network.meta)
     made.eval()
     return made
 
@@ -57,5 +57,5 @@ def replace_regions(network: fx.GraphModule, replacements: Sequence[tuple[Region
     composed = compose(network, replacements)
     made = copy.deepcopy(composed)
     made.graph.lint()
-    made.meta["info"] = network.meta["info"]
+    made.meta.update(network.meta)
     return made

@@ -24,7 +24,7 @@ from hantc.passes.state import Context, Proposal, State
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
 _BATCH = 100
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass

@@ -33,7 +33,7 @@ _SOLVER_S = 30.0
 _ROUNDS = 3  # of measuring students and correcting the table
 _CLOSE = 0.03
 _SLACK = 1.02  # a measured student may exceed the budget by the noise of a measurement
-_VERSION = 4
+_VERSION = 5
 _UNUSABLE_MS = 1e8
 
 
@@ -48,7 +48,7 @@ def make_problem(state: State, budget_ms: float) -> Problem:
             continue
         atoms = frozenset(match.region(row.region).atoms)
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
-        score = max(0.0, row.score)
+        score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
         items.append(Item(row.region, row.candidate, row.precision, score, cost.latency_ms * state.costs.scale, atoms))
     problem = Problem(match.n_atoms, tuple(items), state.costs.glue_ms, budget_ms, _borders(match, state.costs))
     return clean(problem)[0]
@@ -88,12 +88,12 @@ class Select:
         meter = Meter(ctx)
         budget = self._budget(state, ctx)
         evaluated: list[Evaluated] = []
-        for _ in range(_ROUNDS):
+        for left in reversed(range(_ROUNDS)):
             problem = make_problem(state, budget)
             solutions = self._solve(problem, ctx)
             evaluated = self._measure(state, ctx, meter, problem, solutions)
             ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in evaluated)[len(evaluated) // 2]
-            if abs(ratio - 1) <= _CLOSE:
+            if abs(ratio - 1) <= _CLOSE or not left:
                 break
             state = replace(state, costs=_scaled(state.costs, ratio))
             assert state.costs is not None
@@ -133,9 +133,8 @@ class Select:
     def _restore(state: State, stored: Mapping[str, Any]) -> State:
         assert state.costs is not None
         evaluated = tuple(Evaluated(**{**e, "plan": _plan(e["plan"])}) for e in stored["evaluated"])
-        return replace(
-            state, plan=_plan(stored["plan"]), evaluated=evaluated, costs=replace(state.costs, scale=stored["scale"])
-        )
+        costs = _scaled(state.costs, stored["scale"] / state.costs.scale)
+        return replace(state, plan=_plan(stored["plan"]), evaluated=evaluated, costs=costs)
 
     @staticmethod
     def _exact(state: State, ctx: Context) -> Plan:

@@ -44,7 +44,7 @@ class Tiny:
 
     def feeds(self, n: int = 16) -> Array:
         """Validation images as the network takes them."""
-        return np.ascontiguousarray(self.images[:n].transpose(0, 3, 1, 2), np.float32) / 255
+        return as_input(self.images[:n])
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,19 @@ def smooth_images(n: int, seed: int) -> Array:
     return images
 
 
+def as_input(images: Array) -> Array:
+    """uint8 NHWC → float32 NCHW, over 255."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+
+
 def tiny_network(images: Array) -> fx.GraphModule:
     """The network with a head that spreads `images` evenly over its classes."""
     torch.manual_seed(0)
     net = TinyNet().eval()
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    x = torch.from_numpy(as_input(images))
     with torch.no_grad():
         logits = net(x)
-        net.head.weight /= logits.std(0).unsqueeze(1) / 3
+        net.head.weight.div_(logits.std(0).unsqueeze(1) / 3)
         net.head.bias -= net(x).mean(0)
     return trace(net, (3, SIDE, SIDE), (CLASSES,))
 
@@ -154,7 +159,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     network = tiny_network(images)
     model = folder / "tiny.onnx"
     onnx.save(emit(network).model, str(model))
-    labels = run_model(model, images.transpose(0, 3, 1, 2).astype(np.float32) / 255).argmax(1)
+    labels = run_model(model, as_input(images)).argmax(1)
     x, y, x_val, y_val = images[:TRAIN], labels[:TRAIN], images[TRAIN:], labels[TRAIN:]
     np.savez(folder / "data.npz", x=x, y=y, x_val=x_val, y_val=y_val)
     np.savez(folder / "unlabelled.npz", x=x, x_val=x_val)
@@ -172,8 +177,8 @@ def compiled(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """One run with labelled data, through the command line."""
     folder = tmp_path_factory.mktemp("compiled")
     out, store = folder / "run", folder / "store"
-    argv = (str(tiny.model), "--target", "xeon", "--data", str(tiny.data), *QUICK, "--store", str(store))
-    argv = (*argv, "--budget", "0.8", "--out", str(out))
+    given = ("--target", "xeon", "--data", str(tiny.data), "--budget", "0.8", *QUICK)
+    argv = (str(tiny.model), *given, "--store", str(store), "--out", str(out))
     return Compiled(out, store, argv, run_cli(*argv, "--json"))
 
 

@@ -70,7 +70,7 @@ def test_compile_a_file_in_fp32(
         budget=0.9,
         precision="fp32",
         effort="quick",
-        time_limit="5s",
+        time_limit="3s",
         threads=1,
         out=tmp_path / "run",
         store=compiled.store,

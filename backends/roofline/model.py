@@ -100,6 +100,8 @@ class _Graph:
         """All its activations come through DequantizeLinear, and leave through QuantizeLinear (or it is heavy,
         for which engines have kernels with a float result)."""
         sources = [i for i in node.input if i and i not in self.constants and self._op(i) != "Constant"]
+        if node.op_type in _HEAVY and node.input[1] in self.constants and self.width[node.input[1]] > 1:
+            return False  # a float weight behind an INT8 neighbour
         if not sources or any(self._op(i) != "DequantizeLinear" for i in sources):
             return False
         readers = self.readers[node.output[0]]

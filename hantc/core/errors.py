@@ -34,8 +34,8 @@ class DataError(UsageError):
 
 
 class BudgetError(HantcError):
-    """The asked constraint cannot be met (exit code 1). `nearest` is the nearest reachable budget, as a
-    fraction of the teacher's latency."""
+    """The asked constraint cannot be met (exit code 1). `nearest` is the nearest reachable value of what
+    was constrained (milliseconds for latency)."""
 
     exit_code = 1
 

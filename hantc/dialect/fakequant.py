@@ -20,7 +20,7 @@ from hantc.dialect.linear import Linear
 
 def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
     """Symmetric rounding per output channel (dim 0) to `bits` bits."""
-    top = 2 ** (bits - 1) - 1
+    top = 127 if bits == 8 else 2 ** (bits - 1)  # onnxruntime's reduced range reaches ±64
     scale = weight.detach().abs().flatten(1).amax(1).clamp_min(1e-12) / top
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -top, top)

@@ -44,7 +44,7 @@ def test_with_data(tiny: Tiny, compiled: Compiled, tmp_path: Path) -> None:
         data=tiny.data,
         budget=0.8,
         effort="quick",
-        time_limit="5s",
+        time_limit="3s",
         threads=1,
         store=compiled.store,
     )

@@ -166,7 +166,6 @@ def test_a_region_whose_output_is_also_read_further_on(sketch: type[Sketch]) -> 
     assert b.shape == d.shape
 
 
-@pytest.mark.xfail(reason="plug.py: compose keeps meta's info alone")
 def test_what_the_model_declares_survives(sketch: type[Sketch]) -> None:
     module, region = last_block(sketch)
     module.meta["unranked"] = ("y",)

@@ -120,7 +120,6 @@ def test_the_same_question_is_answered_from_the_store(lab: Lab, monkeypatch: pyt
         select(lab.scored, lab.fresh(budget=Budget(fraction=0.6), store=ctx.store))
 
 
-@pytest.mark.xfail(reason="select.py: _restore scales the regions' costs but not the glue")
 def test_the_corrected_costs_are_the_same_from_the_store(lab: Lab) -> None:
     ctx = lab.fresh(budget=Budget(fraction=0.5))
     state = replace(lab.scored, costs=replace(lab.scored.costs, scale=0.5))  # type: ignore[type-var]
