@@ -76,7 +76,7 @@ class Finetune:
                 "teacher": state.model_hash,
                 "data": ctx.data.fingerprint,
                 "picks": Blueprint.of(state.plan.choices).picks,
-                "start": digest({k: v.sum().item() for k, v in student.state_dict().items()}),
+                "start": digest({k: v.detach().contiguous().sum().item() for k, v in student.state_dict().items()}),
                 "effort": [asdict(ctx.effort), ctx.config.seed],
             }
         )

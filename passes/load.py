@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -52,6 +53,12 @@ class Load:
             raise DataError(
                 f"the model does not run on the data: {error}", where=str(ctx.config.data), hint="check --preprocess"
             ) from error
+        if not math.isfinite(found["kl"]):
+            raise ModelError(
+                "its output is NaN or infinite on the data",
+                where=str(ctx.config.model),
+                hint="look for NaN among its weights; inputs far outside their usual range (--preprocess) do it too",
+            )
         classes = ctx.data.num_classes or 0
         if ctx.data.labelled and kind.classifier and classes > 1 and found["accuracy"] < 150 / classes:
             raise DataError(

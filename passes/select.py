@@ -90,7 +90,10 @@ class Select:
         evaluated: list[Evaluated] = []
         for left in reversed(range(_ROUNDS)):
             problem = make_problem(state, budget)
-            solutions = self._solve(problem, ctx)
+            try:
+                solutions = self._solve(problem, ctx)
+            except BudgetError as error:
+                raise self._nearest(state, ctx, meter, problem) from error
             evaluated = self._measure(state, ctx, meter, problem, solutions)
             ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in evaluated)[len(evaluated) // 2]
             if abs(ratio - 1) <= _CLOSE or not left:
@@ -172,16 +175,23 @@ class Select:
             top = solve(replace(problem, budget=reachable(problem)[0] * 1.001), gap=_GAP).score
             ladder = [top * 2.0**-i for i in range(k)]
             return _unique([solve_for_score(problem, s, gap=_GAP, time_limit=limit / k) for s in ladder])
-        try:
-            return solve_diverse(problem, k, gap=_GAP, time_limit=limit)
-        except BudgetError as error:
-            # `nearest` travels in ms inside the search; users think in fractions of the teacher
-            raise BudgetError(
-                f"the budget of {problem.budget:.3f} ms cannot be met; the nearest reachable is {error.nearest:.3f} ms",
-                nearest=error.nearest,
-                where="select",
-                hint=f"--budget {math.ceil(error.nearest * 1000) / 1000:g}ms, or --effort thorough for more candidates",
-            ) from error
+        return solve_diverse(problem, k, gap=_GAP, time_limit=limit)
+
+    def _nearest(self, state: State, ctx: Context, meter: Meter, problem: Problem) -> BudgetError:
+        """The answer to a budget that is too small: what the fastest student takes, measured."""
+        assert state.costs is not None
+        fastest = solve(replace(problem, budget=1.001 * reachable(problem)[0]), gap=_GAP)
+        found = self._measure(state, ctx, meter, problem, [fastest])[0]
+        teacher_ms = state.costs.teacher_ms
+        ms = max(found.measured_ms, found.plan.predicted_latency_ms)
+        share = math.ceil(100 * _SLACK * ms / teacher_ms) / 100
+        return BudgetError(
+            f"the budget of {problem.budget:.3f} ms ({problem.budget / teacher_ms:.3f} of the teacher's "
+            f"{teacher_ms:.3f} ms) cannot be met; the fastest student takes {ms:.3f} ms",
+            nearest=share,
+            where="--budget",
+            hint=f"--budget {min(share, 1.0):g}, or --effort thorough for more candidates",
+        )
 
     def _measure(
         self, state: State, ctx: Context, meter: Meter, problem: Problem, solutions: Sequence[Solution]

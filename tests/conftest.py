@@ -177,7 +177,7 @@ def compiled(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """One run with labelled data, through the command line."""
     folder = tmp_path_factory.mktemp("compiled")
     out, store = folder / "run", folder / "store"
-    given = ("--target", "xeon", "--data", str(tiny.data), "--budget", "0.8", *QUICK)
+    given = ("--target", "xeon", "--data", str(tiny.data), "--budget", "0.9", *QUICK)
     argv = (str(tiny.model), *given, "--store", str(store), "--out", str(out))
     return Compiled(out, store, argv, run_cli(*argv, "--json"))
 
@@ -190,3 +190,21 @@ def _run_model() -> Callable[..., Array]:
 @pytest.fixture(scope="session", name="events")
 def _events() -> Callable[..., list[dict[str, Any]]]:
     return events
+
+
+@pytest.fixture
+def attempt(cli: Callable[..., Result], tiny: Tiny, tmp_path: Path) -> Callable[..., Result]:
+    """`hantc` with a fresh run folder and store; `model` and `data` in place of the good ones."""
+
+    def run(*options: str | Path, model: Path | None = None, data: Path | None = None, code: int = 2) -> Result:
+        given = [] if "--out" in options else ["--out", tmp_path / "run"]
+        argv = [model or tiny.model, "--data", data or tiny.data, "--store", tmp_path / "store", *given, *options]
+        result = cli(*argv)
+        assert result.code == code, result.err
+        assert result.out == "" and "Traceback" not in result.err
+        assert result.err.splitlines()[-2 if "\n  hint:" in result.err else -1].startswith("hantc: ")
+        assert not (tmp_path / "run" / "model.onnx").exists() and not (tmp_path / "run" / "summary.json").exists()
+        assert not list(tmp_path.rglob("*.tmp"))
+        return result
+
+    return run

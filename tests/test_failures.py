@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,10 +22,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from hantc.cli import compile_parser, config_of
-from hantc.core.errors import HantcError, UsageError
-from hantc.core.lut import read_lut, write_lut
+from hantc.core.errors import HantcError
 from hantc.core.progress import Reporter
 from hantc.inputs import prepare
+from hantc.passes.select import make_problem
 from hantc.passes.state import State
 from hantc.pipeline import COMPILE, run_passes
 
@@ -32,24 +33,6 @@ if TYPE_CHECKING:
     from tests.conftest import Compiled, Result, Tiny
 
 Cli = Callable[..., "Result"]
-
-
-@pytest.fixture
-def attempt(cli: Cli, tiny: Tiny, tmp_path: Path) -> Callable[..., Result]:
-    """`hantc` with a fresh run folder and store; `model` and `data` in place of the good ones."""
-
-    def run(*options: str | Path, model: Path | None = None, data: Path | None = None, code: int = 2) -> Result:
-        given = [] if "--out" in options else ["--out", tmp_path / "run"]
-        argv = [model or tiny.model, "--data", data or tiny.data, "--store", tmp_path / "store", *given, *options]
-        result = cli(*argv)
-        assert result.code == code, result.err
-        assert result.out == "" and "Traceback" not in result.err
-        assert result.err.splitlines()[-2 if "\n  hint:" in result.err else -1].startswith("hantc: ")
-        assert not (tmp_path / "run" / "model.onnx").exists() and not (tmp_path / "run" / "summary.json").exists()
-        assert not list(tmp_path.rglob("*.tmp"))
-        return result
-
-    return run
 
 
 def images(n: int = 8, channels: int = 3) -> Any:
@@ -247,25 +230,29 @@ def test_no_data_cannot_meet_a_budget(tiny: Tiny, cli: Cli, tmp_path: Path) -> N
 # ---- numbers that are none ----
 
 
-def test_a_candidate_of_nan_is_dropped(compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One candidate's weights turn NaN: it is out, with the reason, and the others are chosen from."""
+def test_candidates_of_nan_are_dropped(compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One candidate's weights turn NaN, another's so large that its outputs overflow: both are out, with the
+    reason, and the others are chosen from."""
     from hantc.passes import distill
 
     train, spoiled = distill.train, []
 
     def spoil(network: Any, jobs: Any, *rest: Any) -> None:
         train(network, jobs, *rest)
-        with torch.no_grad():
-            next(iter(jobs[0].module.parameters())).fill_(float("nan"))
-        spoiled.append((jobs[0].region.name, jobs[0].spec.name))
+        for job, value in zip(jobs, (math.nan, 1e38), strict=False):
+            with torch.no_grad():
+                next(iter(job.module.parameters())).fill_(value)
+            spoiled.append((job.region.name, job.spec.name))
 
     monkeypatch.setattr(distill, "train", spoil)
-    state = run_until("select", [*compiled.argv, "--seed", "1", "--time-limit", "3s", "--out", str(tmp_path / "run")])
-    ((region, candidate),) = spoiled
-    dropped = [r.dropped for r in state.scores or () if (r.region, r.candidate) == (region, candidate)]
-    assert dropped and all(d == "non-finite score" for d in dropped)
-    assert state.plan is not None
-    assert all((c.region, c.candidate) != (region, candidate) for c in state.plan.choices)
+    state = run_until("score", [*compiled.argv, "--seed", "1", "--time-limit", "3s", "--out", str(tmp_path / "run")])
+    assert len(spoiled) == 2 and state.costs is not None and state.match is not None
+    reasons = {(r.region, r.candidate): r.dropped for r in state.scores or ()}
+    reasons |= {(region, candidate): why for region, candidate, _, why in state.costs.skipped}
+    assert all("non-finite" in reasons[key] for key in spoiled)
+    offered = {(i.region, i.candidate) for i in make_problem(state, math.inf).items}
+    assert not offered & set(spoiled)
+    assert {(r.name, "teacher") for r in state.match.regions} <= offered
 
 
 def test_a_teacher_of_nan_is_refused(attempt: Callable[..., Result], tiny: Tiny, tmp_path: Path) -> None:
@@ -367,56 +354,6 @@ def test_verify_finds_a_tampered_model(cli: Cli, compiled: Compiled, tiny: Tiny,
     assert found["student"]["accuracy"] is None and found["agreement"] is None
     assert any("no longer there" in n for n in found["notes"])
     assert not any("accuracy" in d for d in found["differences"])
-
-
-# ---- latency tables ----
-
-
-def test_lut_files_that_are_none(attempt: Callable[..., Result], tmp_path: Path) -> None:
-    path = tmp_path / "lut.json"
-    assert "cannot be read" in attempt("--lut", path, "--threads", "1").err
-    for content, text in (
-        ("{", "is not JSON"),
-        ("[]", "is not a latency table"),
-        ('{"schema_version": 1}', "wrong entry"),
-    ):
-        path.write_text(content)
-        err = attempt("--lut", path, "--threads", "1").err
-        assert text in err and str(path) in err
-
-
-def test_lut_of_another_device_or_network(
-    attempt: Callable[..., Result], compiled: Compiled, tiny: Tiny, tmp_path: Path
-) -> None:
-    source = compiled.folder / "lut.json"
-    lut = read_lut(source)
-    path = tmp_path / "lut.json"
-    content = json.loads(source.read_text())
-    content["device"]["cpu"] = "Intel Xeon Nobody 9999"
-    path.write_text(json.dumps(content))
-    err = attempt("--lut", path, "--threads", "1").err
-    assert "cpu Intel Xeon Nobody 9999 there" in err and lut.device.cpu in err and "hantc profile" in err
-    assert "threads 1 there, 2 here" in attempt("--lut", source, "--threads", "2").err
-    content = json.loads(source.read_text())
-    content["rows"] = [r for r in content["rows"] if r["region"] != "r01"]
-    path.write_text(json.dumps(content))
-    assert "no row for region r01" in attempt("--lut", path, "--threads", "1").err
-
-
-def test_lut_round_trip(compiled: Compiled, tmp_path: Path) -> None:
-    lut = read_lut(compiled.folder / "lut.json")
-    write_lut(tmp_path / "copy.json", lut.table, lut.device)
-    assert read_lut(tmp_path / "copy.json").table == lut.table
-    with pytest.raises(UsageError, match="batch 1 there, 8 here"):
-        lut.check_device(lut.device, backend="onnxruntime", threads=1, batch=8)
-    lut.check_device(lut.device, backend="onnxruntime", threads=1, batch=1)
-
-
-def test_profile_needs_a_file_to_write(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
-    assert "is a folder" in cli("profile", tiny.model, "--lut", tmp_path).err
-    (tmp_path / "file").write_text("")
-    result = cli("profile", tiny.model, "--lut", tmp_path / "file" / "lut.json")
-    assert result.code == 2 and "is a file, not a folder" in result.err
 
 
 def test_errors_without_hint_stay_on_one_line() -> None:

@@ -13,6 +13,7 @@ from hantc.report.records import RunRecords, read_run
 from hantc.report.summary import ChoiceRow, NetworkStats, Summary, load
 from hantc.report.text import clean, family, finite, fmt_share, is_exact, is_kept, plain_dict
 
+_NEVER_TRAINED = "never trained: the prefilter kept others"
 _ORDER = ("chosen", "runner-up", "considered", "dropped", "not scored", "skipped")
 
 
@@ -189,7 +190,7 @@ def _candidates(run: RunRecords, region: str, choice: ChoiceRow | None) -> list[
     rows = [_candidate(k, costs.get(k), scores.get(k), why[k], teacher, choice) for k in keys]
     scored = {r["candidate"]: r["precision"] for r in rows if r["score"] is not None}
     for row in rows:
-        if row["status"] == "not scored" and row["candidate"] in scored:
+        if row["reason"] == _NEVER_TRAINED and row["candidate"] in scored:
             row["reason"] = f"judged in {scored[row['candidate']]}, where it is faster"
 
     def rank(row: dict[str, Any]) -> tuple[int, float, float]:
@@ -251,7 +252,7 @@ def _candidate(
 def _why_not_scored(cost_ms: float | None, teacher_ms: float | None) -> str:
     if cost_ms is not None and teacher_ms is not None and cost_ms >= teacher_ms:
         return "not faster than the teacher's own operation: never trained"
-    return "never trained: the prefilter kept others"
+    return _NEVER_TRAINED
 
 
 def inspect_run_data(run_folder: str | os.PathLike[str]) -> dict[str, Any]:

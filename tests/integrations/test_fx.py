@@ -42,7 +42,7 @@ def test_with_data(tiny: Tiny, compiled: Compiled, tmp_path: Path) -> None:
     hant = HantPass(
         out=tmp_path / "run",
         data=tiny.data,
-        budget=0.8,
+        budget=0.9,
         effort="quick",
         time_limit="3s",
         threads=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_finds_what_adding_up_scores_misses() -> None:
     trials = explore(problem, lambda s: _real_loss(problem, s), rounds=40, seconds=60, seed=0)
     assert plain >= 2 * PAIR  # the program takes the three cheapest scores, which are neighbours
     best = min(
-        0.01 * sum(z) + PAIR * sum(a and b for a, b in zip(z, z[1:], strict=False))
+        0.01 * sum(z) + PAIR * sum(a and b for a, b in pairwise(z))
         for z in product((0, 1), repeat=ATOMS)
         if sum(z) >= 4 or ATOMS - sum(z) + 0.01 * sum(z) <= 3.0
     )

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
     whole = f"{s['teacher']['latency_ms'] / int8['latency_ms']:.2f}×" if int8 else "–"
     if int8 and int8["accuracy"] is not None:
         whole += f" at {int8['accuracy']:.1f} %"
-    accuracy = "–" if s["accuracy_drop"] is None else f"{s['teacher']['accuracy']:.1f} → {s['student']['accuracy']:.1f} %"
+    known = s["accuracy_drop"] is not None
+    accuracy = f"{s['teacher']['accuracy']:.1f} → {s['student']['accuracy']:.1f} %" if known else "–"
     minutes = sum(s["timings_s"].values()) / 60
     print(
         f"| {Path(s['model']).stem} | {s['teacher']['latency_ms']:.2f} | {whole} | {s['speedup']:.2f}× | {accuracy} "
