@@ -34,8 +34,8 @@ class DataError(UsageError):
 
 
 class BudgetError(HantcError):
-    """The asked constraint cannot be met (exit code 1). `nearest` is the nearest reachable value of what
-    was constrained (milliseconds for latency)."""
+    """The asked constraint cannot be met (exit code 1). `nearest` is the nearest reachable value: in the
+    search, of what is constrained (ms or score); from the select pass, a share of the teacher's latency."""
 
     exit_code = 1
 

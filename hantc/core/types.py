@@ -207,7 +207,7 @@ class CostTable:
 class ScoreRow:
     """How much the network suffers when one candidate alone is plugged in (search split).
 
-    `score` is the rise of the loss (CE with labels, KL to the teacher without); lower is better, 0 for
+    `score` is the rise of the fine-tuning loss (KL to the teacher, plus CE with labels); lower is better, 0 for
     the teacher. `stderr` is its standard error over images.
     """
 
