@@ -9,7 +9,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.backends.roofline.model import Machine, predict
+from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import ModelError
+from hantc.dialect.conv import Conv
+from hantc.dialect.emitter import emit
+from hantc.dialect.graph import trace
+from hantc.dialect.qdq import QuantSpec, quantize_for_timing
 
 FLAT = Machine("flat", peak_fp32=1e9, peak_int8=4e9, bandwidth=1e12, bandwidth_max=1e12, op_overhead_s=0.0)
 THIN = Machine("thin", peak_fp32=1e15, peak_int8=1e15, bandwidth=1e6, bandwidth_max=1e6, op_overhead_s=0.0)
@@ -83,3 +88,14 @@ def test_unknown_shape_is_a_model_error() -> None:
 def test_device_tells_machines_apart() -> None:
     devices = {RooflineBackend(m).capabilities().device for m in (FLAT, THIN, Machine())}
     assert len(devices) == 3
+
+
+def test_runs_a_quantised_model() -> None:
+    module = trace(Conv(3, 8, 3).eval(), (3, 6, 6), (8, 6, 6))
+    float_model = emit(module).model
+    model = quantize_for_timing(float_model, QuantSpec(reduce_range=False))
+    assert any(n.op_type == "DequantizeLinear" for n in model.graph.node)
+    backend = RooflineBackend()
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 3, 6, 6)).astype(np.float32)
+    rounded, plain = (backend.run(backend.build(m, BuildSpec()), {"x": x})[0] for m in (model, float_model))
+    assert np.abs(rounded - plain).max() < 0.05 * np.abs(plain).max()
