@@ -103,6 +103,8 @@ def prepare(
             "no --data: only exact rewrites were admitted; with images (labels optional) regions are replaced and "
             "quantised"
         )
+    elif config.precision == "int8":
+        ctx.note("--precision int8 admits INT8 everywhere; regions that are better or faster in FP32 stay in FP32")
     return State(model=model, model_hash=_hash(model)), ctx
 
 

@@ -146,6 +146,8 @@ def _status(state: State, ctx: Context) -> str:
         allowed = budget.in_ms(facts["teacher"]["latency_ms"])
         if facts["student"]["latency_ms"] > _OVER_BUDGET * allowed:
             return "budget_missed"
+    if drop is None and ctx.data is not None:
+        drop = 100 * (1 - facts["agreement"])  # without labels the drop that can be held is that in agreement
     if ctx.config.max_drop is not None and drop is not None and drop > ctx.config.max_drop:
         return "drop_exceeded"
     return "done"

@@ -70,9 +70,10 @@ def calibration_feeds(student: fx.GraphModule, data: Dataset, images: int, batch
     fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else None
     n = min(images, len(data.train))
     size = fixed or min(batch, n)
-    order = np.random.default_rng(0).permutation(len(data.train))[:n].tolist()
+    # a model of a large fixed batch is fed images again rather than none
+    order = np.resize(np.random.default_rng(0).permutation(len(data.train)), max(n, size)).tolist()
     feeds: list[Feeds] = []
-    for i in range(0, n - size + 1, size):
+    for i in range(0, len(order) - size + 1, size):
         x, _ = data.train.batch(order[i : i + size])
         feeds.append({spec.name: x.numpy().astype(spec.dtype)})
     return feeds

@@ -60,7 +60,7 @@ class Load:
                 hint="look for NaN among its weights; inputs far outside their usual range (--preprocess) do it too",
             )
         classes = ctx.data.num_classes or 0
-        if ctx.data.labelled and kind.classifier and classes > 1 and found["accuracy"] < 150 / classes:
+        if ctx.data.labelled and kind.classifier and classes > 1 and found["accuracy"] < _near_chance(classes):
             raise DataError(
                 f"the teacher scores {found['accuracy']:.1f} %, near chance ({100 / classes:.1f} %)",
                 where=str(ctx.config.data),
@@ -68,3 +68,9 @@ class Load:
                 "or the class order of the folders differs from the model's",
             )
         ctx.reporter.event("teacher", **found)
+
+
+def _near_chance(classes: int) -> float:
+    """Accuracy in percent below which a teacher of so many classes is as good as guessing."""
+    chance = 100 / classes
+    return chance + min(0.5 * chance, 0.1 * (100 - chance))

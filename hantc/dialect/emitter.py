@@ -166,6 +166,9 @@ def _outputs(
     named = []
     reserved = {o.name for o in info.outputs}
     for tensor, spec in zip(results, info.outputs, strict=True):
+        if any(tensor is i for i in inputs) and tensor.name == spec.name:
+            named.append(tensor)  # an input handed through under its own name
+            continue
         if isinstance(tensor, gs.Constant) or id(tensor) in taken:
             e.scope = "output"
             tensor = e.node("Identity", [tensor])

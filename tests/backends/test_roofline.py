@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.backends.roofline.model import Machine, predict
@@ -91,11 +92,12 @@ def test_device_tells_machines_apart() -> None:
 
 
 def test_runs_a_quantised_model() -> None:
-    module = trace(Conv(3, 8, 3).eval(), (3, 6, 6), (8, 6, 6))
+    module = trace(nn.Sequential(Conv(3, 8, 3)).eval(), (3, 6, 6), (8, 6, 6))
     float_model = emit(module).model
     model = quantize_for_timing(float_model, QuantSpec(reduce_range=False))
     assert any(n.op_type == "DequantizeLinear" for n in model.graph.node)
     backend = RooflineBackend()
     x = np.random.default_rng(0).uniform(-1, 1, (1, 3, 6, 6)).astype(np.float32)
     rounded, plain = (backend.run(backend.build(m, BuildSpec()), {"x": x})[0] for m in (model, float_model))
-    assert np.abs(rounded - plain).max() < 0.05 * np.abs(plain).max()
+    # the invented ranges (±4 for inputs in ±1) round coarsely: a fifth of the largest value
+    assert 0 < np.abs(rounded - plain).max() < 0.2 * np.abs(plain).max()

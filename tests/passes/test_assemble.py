@@ -215,6 +215,15 @@ def test_calibration_feeds_keep_to_a_fixed_batch(lab: Lab) -> None:
     assert [f["x"].shape[0] for f in feeds] == [5, 5]
 
 
+def test_a_fixed_batch_larger_than_what_is_asked_for_is_still_fed(lab: Lab) -> None:
+    network = lab.matched.network
+    assert network is not None
+    fixed = fx.GraphModule(network, network.graph)
+    info = network.meta["info"]
+    fixed.meta["info"] = replace(info, inputs=(replace(info.inputs[0], shape=(32, 3, 12, 12)),))
+    assert [f["x"].shape[0] for f in calibration_feeds(fixed, lab.labelled, 16, 16)] == [32]
+
+
 def test_few_training_images_are_enough_to_calibrate_with(lab: Lab) -> None:
     few = replace(lab.labelled, train=lab.labelled.train.subset(range(10)))
     feeds = feeds_of(lab, lab.matched, lab.fresh(data=few), 256, 32)
