@@ -45,7 +45,8 @@ class Verify:
 
     def call(self, state: State, ctx: Context) -> State:
         """Measure, unless the same files were measured on the same data and device before."""
-        assert state.emitted is not None and state.network is not None and state.plan is not None
+        assert state.emitted is not None and state.network is not None
+        assert state.plan is not None and state.costs is not None
         key = digest(
             {
                 "version": _VERSION,
