@@ -31,6 +31,7 @@ Commands:
   hantc explain RUN REGION         one region's candidates, and why not taken
   hantc diff RUN_A RUN_B           what two runs chose differently
   hantc verify RUN                 measure a run's file again
+  hantc store ls|gc                what is kept between runs, and clearing it
   hantc targets                    what can be compiled for
   hantc doctor                     what this machine can do
 Each of them takes --help, and --json for scripts.
@@ -311,6 +312,35 @@ def cmd_verify(argv: Sequence[str]) -> int:
     return DONE if found["ok"] else MISSED
 
 
+def cmd_store(argv: Sequence[str]) -> int:
+    """`hantc store ls|gc`."""
+    p = _parser("hantc store", "What runs keep for each other: measurements, trained weights, scores.")
+    p.add_argument("action", choices=("ls", "gc"), help="ls: list it by kind; gc: remove what was unused longest")
+    _store(p.add_argument_group("where"))
+    g = p.add_argument_group("what gc removes")
+    g.add_argument("--max-size", metavar="SIZE", help="the longest unused, until the rest fits: 500M, 2G")
+    g.add_argument("--unused-for", metavar="AGE", help="what nothing used for so long: 30d, 12h")
+    g.add_argument("--dry-run", action="store_true", help="only tell what would go")
+    args = p.parse_args(argv)
+    from hantc.core.store import Store
+    from hantc.inputs import default_store
+    from hantc.report.stores import parse_age, parse_size, store_data, store_table
+
+    store = Store(Path(args.store or os.environ.get("HANTC_STORE") or default_store()))
+    limits = {
+        "max_bytes": parse_size(args.max_size) if args.max_size else None,
+        "max_age_s": parse_age(args.unused_for) if args.unused_for else None,
+    }
+    if args.action == "ls":
+        data = store_data(store)
+        return _show(args, lambda: data, lambda: store_table(data, str(store.root)))
+    if all(limit is None for limit in limits.values()):
+        hint = "--max-size 2G or --unused-for 30d"
+        raise UsageError("gc needs to know what to keep", where="hantc store gc", hint=hint)
+    removed = store_data(store, store.gc(**limits, dry_run=args.dry_run))
+    return _show(args, lambda: removed, lambda: store_table(removed, "would go" if args.dry_run else "removed"))
+
+
 def cmd_targets(argv: Sequence[str]) -> int:
     """`hantc targets`."""
     args = _parser("hantc targets", "What can be compiled for.").parse_args(argv)
@@ -336,6 +366,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
         "explain": cmd_explain,
         "diff": cmd_diff,
         "verify": cmd_verify,
+        "store": cmd_store,
         "targets": cmd_targets,
         "doctor": cmd_doctor,
     }

@@ -15,7 +15,7 @@ from hantc.data.dataset import Dataset
 from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
 from hantc.dialect.qdq import MIN_OPSET, QuantSpec, quantize
-from hantc.passes.plug import replace_regions, teacher_part, trained
+from hantc.passes.plug import origin_for, replace_regions, teacher_part, trained
 from hantc.passes.state import Context, State
 
 
@@ -44,7 +44,8 @@ def build_student(state: State, blueprint: Blueprint, specs: Mapping[str, Candid
     for name, candidate, precision in blueprint.picks:
         region = state.match.region(name)
         if candidate != "teacher":
-            parts.append((region, trained(region, specs[candidate], state.weights[name, candidate])))
+            origin = origin_for(specs[candidate], state.network, state.match, region)
+            parts.append((region, trained(region, specs[candidate], state.weights[name, candidate], origin=origin)))
         elif precision == "int8":
             parts.append((region, teacher_part(state.network, region)))
     student = replace_regions(state.network, parts)

@@ -12,7 +12,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import with_taps
 from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, mixed, output_kind
-from hantc.passes.plug import compose, teacher_part, trained
+from hantc.passes.plug import compose, origin_for, teacher_part, trained
 from hantc.passes.state import Context, State
 from hantc.search.problem import Item
 
@@ -49,11 +49,12 @@ class Bench:
         if key not in self.parts:
             assert self.state.match is not None and self.state.weights is not None
             region = self.state.match.region(name)
-            made = (
-                teacher_part(self.network, region)
-                if candidate == "teacher"
-                else trained(region, self.specs[candidate], self.state.weights[name, candidate])
-            )
+            if candidate == "teacher":
+                made = teacher_part(self.network, region)
+            else:
+                spec = self.specs[candidate]
+                origin = origin_for(spec, self.network, self.state.match, region)
+                made = trained(region, spec, self.state.weights[name, candidate], origin=origin)
             made = fast_module(made)
             if precision == "int8":
                 made = fake_quantize(made, reduce_range=self.ctx.capabilities.reduce_range)

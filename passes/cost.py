@@ -21,8 +21,10 @@ from hantc.dialect.graph import cut
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
 from hantc.dialect.replicate import replicate
 from hantc.dialect.rewrites.normalize import normalize
-from hantc.ops.registry import build
-from hantc.passes.state import Context, State
+from hantc.ops.derived import structure
+from hantc.ops.registry import Origin, build
+from hantc.passes.plug import origin_for
+from hantc.passes.state import Context, Proposal, State
 
 _COPIES = 4
 _GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
@@ -176,9 +178,11 @@ class Cost:
         regions = {r.name: r for r in state.match.regions}
         teacher_ms = meter.network(emit(state.network).model).median_ms
         work = [w for r in regions.values() for w in self._teacher(state, ctx, meter, r)]
-        seen: dict[tuple[Signature, CandidateSpec], tuple[ModelProto, ModelProto | None]] = {}
+        seen: dict[str, tuple[ModelProto, ModelProto | None]] = {}
         for p in state.proposals:
-            work += self._candidate(ctx, meter, regions[p.region], p.spec, (p.macs, p.params), seen)
+            region = regions[p.region]
+            origin = origin_for(p.spec, state.network, state.match, region)
+            work += self._candidate(ctx, meter, region, p, origin, seen)
         rows = meter.rows(work)
         shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
         mixed = "int8" in ctx.precisions and "fp32" in ctx.precisions
@@ -260,16 +264,21 @@ class Cost:
         ctx: Context,
         meter: Meter,
         region: Region,
-        spec: CandidateSpec,
-        size: tuple[int, int],
-        seen: dict[tuple[Signature, CandidateSpec], tuple[ModelProto, ModelProto | None]],
+        proposal: Proposal,
+        origin: Origin | None,
+        seen: dict[str, tuple[ModelProto, ModelProto | None]],
     ) -> list[_Work]:
-        signature = Signature.of(region)
-        key = {p: meter.key(signature=asdict(signature), spec=asdict(spec), precision=p) for p in ctx.precisions}
-        if (signature, spec) not in seen:
+        spec, size = proposal.spec, (proposal.macs, proposal.params)
+        what = {"signature": asdict(Signature.of(region)), "spec": asdict(spec)}
+        if origin is not None:
+            what["origin"] = [structure(origin.whole), *map(structure, origin.blocks)]
+        key = {p: meter.key(**what, precision=p) for p in ctx.precisions}
+        same = digest(what)
+        if same not in seen:
             known = all(ctx.store.get_json("cost", k) is not None for k in key.values())
-            seen[signature, spec] = (ModelProto(), ModelProto()) if known else self._models(ctx, spec, signature)
-        fp32, int8 = seen[signature, spec]
+            unneeded = (ModelProto(), ModelProto())
+            seen[same] = unneeded if known else self._models(ctx, spec, Signature.of(region), origin)
+        fp32, int8 = seen[same]
         work = []
         for precision in ctx.precisions:
             model = fp32 if precision == "fp32" else int8
@@ -281,10 +290,12 @@ class Cost:
         return work
 
     @staticmethod
-    def _models(ctx: Context, spec: CandidateSpec, signature: Signature) -> tuple[ModelProto, ModelProto | None]:
+    def _models(
+        ctx: Context, spec: CandidateSpec, signature: Signature, origin: Origin | None
+    ) -> tuple[ModelProto, ModelProto | None]:
         """The candidate as it will run: norms folded, in FP32 and in INT8 (None where it cannot be)."""
         torch.manual_seed(ctx.config.seed)
-        folded, _, _ = normalize(build(spec, signature).eval())
+        folded, _, _ = normalize(build(spec, signature, origin=origin).eval())
         fp32 = emit(folded).model
         if "int8" not in ctx.precisions or spec.family == "identity":
             return fp32, None

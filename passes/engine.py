@@ -136,9 +136,11 @@ def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Itera
 
 class TimeBox:
     """Learning-rate schedule over a time share: warm-up, then cosine to zero at the end of the share or of
-    the step limit, whichever comes first. The clock starts behind the first step, which pays for set-up."""
+    the step limit, whichever comes first. The clock starts behind the first step, which pays for set-up.
+    `begun`: share that an interrupted run did already; seconds and steps are those of the whole training."""
 
-    def __init__(self, seconds: float, max_steps: int, warmup: float = 0.04) -> None:
+    def __init__(self, seconds: float, max_steps: int, warmup: float = 0.04, begun: float = 0.0) -> None:
+        self.begun = min(max(begun, 0.0), 1.0)
         self.seconds, self.max_steps, self.warmup = max(seconds, 1e-3), max(1, max_steps), warmup
         self.step = 0
         self._start = time.monotonic()
@@ -154,12 +156,12 @@ class TimeBox:
     def progress(self) -> float:
         """Share done, 0…1."""
         spent = time.monotonic() - self._start if self.step else 0.0
-        return min(1.0, max(self.step / self.max_steps, spent / self.seconds))
+        return min(1.0, self.begun + max(self.step / self.max_steps, spent / self.seconds))
 
     def rate(self) -> float:
         """Factor on the base learning rate for the step now to be made."""
         done = self.progress
-        rise = min(1.0, (done + 1 / self.max_steps) / self.warmup)
+        rise = min(1.0, (done - self.begun + 1 / self.max_steps) / self.warmup)
         return rise * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -170,38 +172,53 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 class Judge:
-    """Evaluates networks on one split against one teacher, whose outputs are computed once."""
+    """Evaluates networks on one split against one teacher, whose outputs are computed once. With `blend`, every
+    second batch is blended (mixup, the same blends each time): a teacher is sure of the images that it was
+    trained on, so that they tell little of how a student does on others."""
 
     def __init__(
-        self, teacher: nn.Module, split: Split, kind: OutputKind, *, limit: int | None = None, batch: int = 100
+        self,
+        teacher: nn.Module,
+        split: Split,
+        kind: OutputKind,
+        *,
+        limit: int | None = None,
+        batch: int = 100,
+        blend: bool = False,
     ) -> None:
-        self.split, self.kind, self.batch = split, kind, batch
+        self.split, self.kind, self.batch, self.blend = split, kind, batch, blend
         self.n = min(len(split), limit or len(split))
         with torch.no_grad():
-            self.outputs = [first_output(teacher(x)) for x, _ in self._batches()]
+            self.outputs = [first_output(teacher(x)) for x, _, _ in self._batches()]
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
+        generator = torch.Generator().manual_seed(0)
         for i in range(0, self.n, self.batch):
             x, y = self.split.batch(list(range(i, min(self.n, i + self.batch))))
-            yield fast_layout(x), y
+            blended = self.blend and i // self.batch % 2 == 1
+            if blended:
+                x, y = mixed(x, None, generator, 1.0)
+            yield fast_layout(x), y, blended
 
     def __call__(self, module: nn.Module) -> dict[str, float]:
-        """Mean CE (nan without labels), KL or divergence, accuracy in percent (nan), agreement."""
+        """Mean CE (nan without labels), KL or divergence, accuracy in percent (nan), agreement; all but the
+        divergence on images as they are."""
         sums = {"ce": 0.0, "kl": 0.0, "accuracy": 0.0, "agreement": 0.0}
-        labelled = False
+        plain = labelled = 0
         with torch.no_grad():
-            for (x, y), t in zip(self._batches(), self.outputs, strict=True):
+            for (x, y, blended), t in zip(self._batches(), self.outputs, strict=True):
                 s = first_output(module(x))
-                sums["kl"] += float(divergence(self.kind, s, t).sum())
-                if self.kind.classifier:
+                sums["kl"] += float(divergence(self.kind, s, t).sum()) / max(self.n, 1)
+                plain += 0 if blended else x.shape[0]
+                if self.kind.classifier and not blended:
                     sums["agreement"] += float((s.argmax(1) == t.argmax(1)).sum())
                     if y is not None:
-                        labelled = True
+                        labelled += x.shape[0]
                         sums["ce"] += float(F.nll_loss(self.kind.log_probs(s), y, reduction="sum"))
                         sums["accuracy"] += 100 * float((s.argmax(1) == y).sum())
-        means = {k: v / max(self.n, 1) for k, v in sums.items()}
-        if not labelled:
-            means["ce"] = means["accuracy"] = float("nan")
+        means = {"kl": sums["kl"], "agreement": sums["agreement"] / max(plain, 1)}
+        for key in ("ce", "accuracy"):
+            means[key] = sums[key] / labelled if labelled else float("nan")
         return means
 
 

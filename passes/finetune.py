@@ -20,6 +20,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import ActivationQuant, observing
 from hantc.dialect.graph import with_taps
 from hantc.passes.assemble import Blueprint, rounded_view
+from hantc.passes.checkpoint import Checkpoint, part_of, prefixed
 from hantc.passes.engine import (
     Judge,
     OutputKind,
@@ -85,11 +86,13 @@ class Finetune:
             student.load_state_dict({k: torch.from_numpy(v) for k, v in stored.items()})
             history = ctx.store.get_json("history", key) or []
             return replace(state, student=student, history=tuple(history))
-        history = tune(state, ctx, ctx.data, student)
+        checkpoint = Checkpoint(ctx.store, key)
+        history = tune(state, ctx, ctx.data, student, checkpoint)
         ctx.store.put_tensors(
             "finetuned", key, {k: v.detach().contiguous().numpy() for k, v in student.state_dict().items()}
         )
         ctx.store.put_json("history", key, history)
+        checkpoint.clear()
         return replace(state, student=student, history=tuple(history))
 
 
@@ -109,8 +112,10 @@ class _Average:
                     self.shadow[k].lerp_(v, 1 - decay)
 
 
-def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> list[Mapping[str, float]]:
-    """Train `student` in place; returns one record per evaluation."""
+def tune(
+    state: State, ctx: Context, data: Dataset, student: fx.GraphModule, checkpoint: Checkpoint
+) -> list[Mapping[str, float]]:
+    """Train `student` in place, from where `checkpoint` is; returns one record per evaluation."""
     assert state.network is not None and state.plan is not None and state.match is not None
     network, reduce_range = state.network, ctx.capabilities.reduce_range
     kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
@@ -129,13 +134,15 @@ def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> 
     steps = ctx.effort.finetune_epochs * max(1, len(data.train) // size)
     seconds = min(ctx.effort.finetune_share * ctx.clock.limit_s * 1.3, 0.85 * ctx.clock.remaining())
     optimizer = _optimizer(student, held)
-    average, box = _Average(student), TimeBox(seconds, steps)
+    average = _Average(student)
     history: list[Mapping[str, float]] = []
+    box = TimeBox(seconds, steps, begun=_resume(student, average, history, checkpoint))
     best = (math.inf, copy.deepcopy(student.state_dict()))
     generator = torch.Generator().manual_seed(ctx.config.seed)
-    judge = Judge(network, data.search, kind, limit=min(1000, 2 * ctx.effort.score_images))
+    judge = Judge(network, data.search, kind, limit=min(1000, 2 * ctx.effort.score_images), blend=True)
     with ctx.reporter.bar("fine-tuning", 1.0) as bar:
-        done = 0.0
+        bar.advance(box.begun)
+        done = box.begun
         begun = time.monotonic()
         best = _check(best, student, average, view, judge, ctx, history, box)
         checked = time.monotonic()
@@ -166,9 +173,25 @@ def tune(state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> 
             _rounding(view, rounds)
             if not more:
                 break
+            if checkpoint.due():
+                states = {"own": student.state_dict(), "average": average.shadow}
+                checkpoint.save(prefixed(states), box.progress, {"history": history, "count": average.count})
     student.load_state_dict(best[1])
     student.eval()
     return history
+
+
+def _resume(
+    student: fx.GraphModule, average: _Average, history: list[Mapping[str, float]], checkpoint: Checkpoint
+) -> float:
+    """Take up what an interrupted run left; the share that it did."""
+    saved = checkpoint.load()
+    if saved is None:
+        return 0.0
+    student.load_state_dict(part_of(saved.tensors, "own"))
+    average.shadow, average.count = part_of(saved.tensors, "average"), int(saved.extra["count"])
+    history += saved.extra["history"]
+    return saved.progress
 
 
 def _optimizer(student: fx.GraphModule, held: Sequence[str]) -> torch.optim.Optimizer:

@@ -6,18 +6,36 @@ import copy
 import operator
 from collections.abc import Sequence
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from hantc.core.types import CandidateSpec, Region, Signature
+from hantc.core.types import CandidateSpec, MatchResult, Region, Signature
 from hantc.dialect.graph import cut
 from hantc.dialect.rewrites.normalize import normalize
-from hantc.ops.registry import build
+from hantc.ops.registry import DERIVED, Origin, build
 from hantc.passes.state import WeightMap
 
 
-def trained(region: Region, spec: CandidateSpec, weights: WeightMap, *, fold: bool = True) -> fx.GraphModule:
+def origin_of(network: fx.GraphModule, match: MatchResult, region: Region, samples: Tensor | None = None) -> Origin:
+    """What candidates of `region` are derived from (the teacher's own modules, shared). `samples`: (N, *in_shape)."""
+
+    def part(r: Region) -> fx.GraphModule:
+        return cut(network, r.input, r.output, r.in_shape, r.out_shape)
+
+    atoms = [r for r in match.regions if len(r.atoms) == 1 and set(r.atoms) < set(region.atoms)]
+    blocks = sorted(atoms, key=lambda r: r.atoms)
+    return Origin(part(region), tuple(part(r) for r in blocks), samples)
+
+
+def origin_for(spec: CandidateSpec, network: fx.GraphModule, match: MatchResult, region: Region) -> Origin | None:
+    """`origin_of`, where the candidate's family needs one."""
+    return origin_of(network, match, region) if spec.family in DERIVED else None
+
+
+def trained(
+    region: Region, spec: CandidateSpec, weights: WeightMap, *, origin: Origin | None = None, fold: bool = True
+) -> fx.GraphModule:
     """The candidate with its trained weights, in evaluation mode; norms folded on request."""
-    module = build(spec, Signature.of(region))
+    module = build(spec, Signature.of(region), origin=origin)
     module.load_state_dict(dict(weights))
     module.eval()
     return normalize(module)[0] if fold else module

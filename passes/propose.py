@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 from hantc.core.types import CandidateSpec, Region, Signature
-from hantc.ops.registry import families
+from hantc.ops.registry import DERIVED, Origin, families
+from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
 _MAX_MACS = 1.5  # a candidate with more multiplications than this, relative to the teacher's, cannot be faster
@@ -37,11 +38,14 @@ class Propose:
 
     def call(self, state: State, ctx: Context) -> State:
         """Apply every family's grid to every region."""
-        assert state.match is not None
+        assert state.match is not None and state.network is not None
         proposals: list[Proposal] = []
         skipped: list[tuple[str, str, str]] = []
         for region in state.match.regions:
             made, dropped = self._region(region, ctx)
+            if ctx.data is not None:
+                derived, refused = self._derived(region, origin_of(state.network, state.match, region))
+                made, dropped = made + derived, dropped + refused
             proposals += made
             skipped += dropped
         ctx.reporter.event("propose", proposals=len(proposals), skipped=len(skipped))
@@ -75,6 +79,20 @@ class Propose:
             if p.spec.name not in names
         ]
         return kept, skipped
+
+    @staticmethod
+    def _derived(region: Region, origin: Origin) -> tuple[list[Proposal], list[tuple[str, str, str]]]:
+        """Candidates made from the teacher's own weights: few, so all of them are measured."""
+        signature = Signature.of(region)
+        made, skipped = [], []
+        for family in DERIVED.values():
+            for spec in family.grid():
+                reason = family.reject_origin(spec, signature, origin)
+                if reason:
+                    skipped.append((region.name, spec.name, reason))
+                else:
+                    made.append(Proposal(region.name, spec, *family.size(spec, signature, origin)))
+        return made, skipped
 
     @staticmethod
     def _shares(by_family: dict[str, list[Proposal]], total: int) -> dict[str, int]:

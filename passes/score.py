@@ -18,7 +18,7 @@ from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import subgraph, with_taps
 from hantc.passes.distill import weights_key
 from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, output_kind
-from hantc.passes.plug import teacher_part, trained
+from hantc.passes.plug import origin_for, teacher_part, trained
 from hantc.passes.state import Context, Proposal, State
 
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
@@ -85,11 +85,11 @@ class Score:
             if stored is not None:
                 stored_rows.append(ScoreRow(**{**stored, "region": region.name}))
                 continue
-            module = (
-                teacher_part(state.network, region)
-                if proposal is None
-                else trained(region, proposal.spec, state.weights[region.name, candidate])
-            )
+            if proposal is None:
+                module = teacher_part(state.network, region)
+            else:
+                origin = origin_for(proposal.spec, state.network, state.match, region)
+                module = trained(region, proposal.spec, state.weights[region.name, candidate], origin=origin)
             if precision == "int8":
                 module = fake_quantize(module, reduce_range=ctx.capabilities.reduce_range)
             entries.append(_Entry(region, candidate, precision, module, key, [], [], [], []))

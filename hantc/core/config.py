@@ -108,7 +108,7 @@ class EffortSettings:
 
 
 EFFORTS: dict[str, EffortSettings] = {
-    "quick": EffortSettings(420, 2, 1, 20, 0.30, 12, 6, 0.40, 60, 300, 60, 0.06),
-    "standard": EffortSettings(1200, 2, 1, 32, 0.30, 20, 10, 0.45, 120, 400, 120, 0.05),
-    "thorough": EffortSettings(9000, 4, 3, 60, 0.35, 40, 30, 0.45, 200, 1500, 400, 0.04),
+    "quick": EffortSettings(420, 2, 1, 14, 0.15, 12, 6, 0.40, 60, 300, 60, 0.06),
+    "standard": EffortSettings(1400, 2, 1, 22, 0.15, 20, 10, 0.45, 120, 400, 120, 0.05),
+    "thorough": EffortSettings(9000, 4, 3, 60, 0.20, 40, 30, 0.45, 200, 1500, 400, 0.04),
 }

@@ -8,9 +8,11 @@ and two processes that write the same key both write the same content. Entries a
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class Entry:
     key: str
     format: str
     size_bytes: int
+    used_at: float  # seconds since the epoch: when it was last written or read
 
 
 class Store:
@@ -147,8 +150,36 @@ class Store:
                 if path.suffix == TMP_SUFFIX and time.time() - stat.st_mtime > _STALE_S:
                     path.unlink(missing_ok=True)
                 continue
-            entries.append(Entry(path.parent.parent.name, path.stem, path.suffix.lstrip("."), stat.st_size))
+            entries.append(
+                Entry(path.parent.parent.name, path.stem, path.suffix.lstrip("."), stat.st_size, stat.st_mtime)
+            )
         return entries
+
+    def gc(self, *, max_bytes: int | None = None, max_age_s: float | None = None, dry_run: bool = False) -> list[Entry]:
+        """Remove the entries that nothing has read or written for `max_age_s`, then the longest unused ones until
+        the rest fits in `max_bytes`; returns them, oldest first. With `dry_run` nothing is removed. Safe beside
+        running compilations: what they miss is made again."""
+        entries = sorted(self.ls(), key=lambda e: (e.used_at, e.kind, e.key))
+        now, total = time.time(), sum(e.size_bytes for e in entries)
+        removed = []
+        for e in entries:
+            too_old = max_age_s is not None and now - e.used_at > max_age_s
+            too_much = max_bytes is not None and total > max_bytes
+            if not (too_old or too_much):
+                break  # the others were used later
+            total -= e.size_bytes
+            removed.append(e)
+            if not dry_run:
+                self.remove(e.kind, e.key, f".{e.format}")
+        return removed
+
+    def remove(self, kind: str, key: str, suffix: str) -> None:
+        """Remove one entry, if it is there. UsageError if it cannot be removed."""
+        path = self._path(kind, key, suffix)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            raise UsageError(f"the store's entry cannot be removed: {e.strerror or e}", where=str(path)) from e
 
     def size_bytes(self) -> int:
         """Bytes that all entries take."""
@@ -167,7 +198,10 @@ def _checked(pattern: re.Pattern[str], text: str, what: str) -> str:
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
+        with suppress(OSError):  # a store that can only be read
+            os.utime(path)  # entries are evicted by last use; access times are mostly switched off
+        return data
     except FileNotFoundError:
         return None
     except OSError as e:

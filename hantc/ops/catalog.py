@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hantc.core.types import ParamValue, Shape, Signature
-from hantc.ops.registry import Family, families, get_family
+from hantc.ops.registry import DERIVED, Family, families, get_family
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def describe(
     signature: Signature, *, family: str | None = None, among: Mapping[str, Family] | None = None
 ) -> list[Row]:
     """Every grid point of every family (or of `family` alone). UsageError for an unknown family."""
-    known = families() if among is None else among
+    known = {**families(), **DERIVED} if among is None else among
     chosen = known.values() if family is None else [get_family(family, among=known)]
     rows = []
     for member in chosen:
@@ -72,7 +72,7 @@ def families_data() -> list[dict[str, Any]]:
             "options": dict(f.options),
             "size": len(f.grid()),
         }
-        for f in families().values()
+        for f in (*families().values(), *DERIVED.values())
     ]
 
 

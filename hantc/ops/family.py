@@ -72,7 +72,7 @@ class Family(ABC):
 
     def reject(self, spec: CandidateSpec, signature: Signature) -> str:
         """Why `spec` cannot be built for `signature`; "" if it can."""
-        return self._malformed(spec) or _unserved(signature) or self.misfit(spec, signature)
+        return self._malformed(spec) or unserved(signature) or self.misfit(spec, signature)
 
     def estimate(self, spec: CandidateSpec, signature: Signature) -> tuple[int, int]:
         """(multiply-accumulates per sample, weights) of the built module. HantcError if rejected.
@@ -111,7 +111,7 @@ class Family(ABC):
             like = self.params[name][0] if name in self.params else self.options[name]
             if not _same_kind(value, like):
                 return f"parameter {name}={value!r} should be of type {type(like).__name__}"
-        if "act" in given and not known_activation(str(given["act"])):
+        if "act" in given and given["act"] != self.options.get("act") and not known_activation(str(given["act"])):
             return f"unknown activation act={given['act']}"
         return ""
 
@@ -133,7 +133,8 @@ def _same_kind(value: ParamValue, like: ParamValue) -> bool:
     return type(value) is type(like)
 
 
-def _unserved(signature: Signature) -> str:
+def unserved(signature: Signature) -> str:
+    """Why no family serves `signature`; "" if its shapes are of the form (C, H, W)."""
     for what, shape in (("input", signature.in_shape), ("output", signature.out_shape)):
         if len(shape) == 1:
             return f"the {what} {shape} is a feature vector; candidates need (C, H, W)"

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,26 @@ class SqueezeExcite:
         return _Gate(self)
 
 
-Layer = ConvBN | SqueezeExcite
+class Layer(Protocol):
+    """What a plan is made of."""
+
+    @property
+    def weights(self) -> int:
+        """Trainable values."""
+        ...
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample."""
+        ...
+
+    def check(self) -> None:
+        """Misfit with the reason where the layer cannot serve."""
+        ...
+
+    def module(self) -> nn.Module:
+        """The layer itself, freshly initialised."""
+        ...
 
 
 class _Gate(nn.Module):
@@ -126,10 +146,11 @@ class Residual(nn.Module):
         self.body = body
         self.add = Add() if skip else None
         self.final = activation(final) if final else None
-        norms = [m for m in body.modules() if isinstance(m, BatchNorm)]
-        if skip and norms:
+        last = list(body.children())[-1:]
+        if skip and last:
             with torch.no_grad():
-                norms[-1].weight.fill_(SKIP_GAMMA)
+                for norm in (m for m in last[0].modules() if isinstance(m, BatchNorm)):
+                    norm.weight.fill_(SKIP_GAMMA)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, *in_shape) → (N, *out_shape)."""

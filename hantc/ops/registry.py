@@ -14,31 +14,58 @@ from torch.func import functional_call
 from hantc.core.errors import HantcError, UsageError
 from hantc.core.types import CandidateSpec, Signature
 from hantc.dialect.graph import trace
+from hantc.ops.bot_trans import BotTrans
 from hantc.ops.cb_bottle import CBBottle
+from hantc.ops.cb_res import CBRes
 from hantc.ops.cb_stack import CBStack
+from hantc.ops.conv_cs import ConvCS
+from hantc.ops.derived import DerivedFamily, Origin
 from hantc.ops.efn import EFN
 from hantc.ops.efnv2 import EFNV2
 from hantc.ops.family import Family
 from hantc.ops.identity import Identity
+from hantc.ops.lambda_layer import LambdaLayer
+from hantc.ops.low_rank import LowRank
+from hantc.ops.merged import Merged
+from hantc.ops.repvgg import RepVGG
+from hantc.ops.slim import Slim
+from hantc.ops.vit import ViT
 
-__all__ = ["FAMILIES", "GROUP", "Family", "build", "estimate", "families", "get_family", "propose"]
+__all__ = ["DERIVED", "FAMILIES", "GROUP", "Family", "Origin", "build", "estimate", "families", "get_family", "propose"]
 
 GROUP = "hantc.candidates"
 
-_BUILTIN: tuple[Family, ...] = (Identity(), CBStack(), CBBottle(), EFN(), EFNV2())
+_BUILTIN: tuple[Family, ...] = (
+    Identity(),
+    CBStack(),
+    CBBottle(),
+    CBRes(),
+    ConvCS(),
+    RepVGG(),
+    EFN(),
+    EFNV2(),
+    ViT(),
+    BotTrans(),
+    LambdaLayer(),
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _BUILTIN})
 """The built-in families, by name."""
+
+DERIVED: Mapping[str, DerivedFamily] = MappingProxyType(
+    {family.name: family for family in (Slim(), LowRank(), Merged())}
+)
+"""The families that start from the teacher's own weights, by name."""
 
 
 def families() -> Mapping[str, Family]:
     """All families by name, the built-in ones first; those of installed packages are loaded anew each time, so
     ask once and pass the answer on as `among`. HantcError if a package's family does not load, or takes the
     name of another: leaving it out silently would change results."""
-    found = dict(FAMILIES)
+    found: dict[str, Family] = dict(FAMILIES)
     for point in entry_points(group=GROUP):
         family = _load(point)
-        if family.name in found:
+        if family.name in found or family.name in DERIVED:
             raise HantcError(
                 f"the candidate family {family.name!r} of {point.value} has the name of another",
                 hint="remove or rename its package's family",
@@ -51,7 +78,9 @@ def get_family(name: str, *, among: Mapping[str, Family] | None = None) -> Famil
     """The family called `name`. UsageError if there is none."""
     if among is None and name in FAMILIES:  # spares the search for entry points
         return FAMILIES[name]
-    known = families() if among is None else among
+    if among is None and name in DERIVED:
+        return DERIVED[name]
+    known = {**families(), **DERIVED} if among is None else among
     if name not in known:
         raise UsageError(f"unknown candidate family {name!r}", hint="one of: " + ", ".join(known))
     return known[name]
@@ -71,13 +100,26 @@ def estimate(
     return get_family(spec.family, among=among).estimate(spec, signature)
 
 
-def build(spec: CandidateSpec, signature: Signature, *, among: Mapping[str, Family] | None = None) -> fx.GraphModule:
+def build(
+    spec: CandidateSpec,
+    signature: Signature,
+    *,
+    origin: Origin | None = None,
+    among: Mapping[str, Family] | None = None,
+) -> fx.GraphModule:
     """The candidate as a graph of leaves that can be emitted on its own, (N, *in_shape) → (N, *out_shape), in
     evaluation mode as imported models are.
 
     Weights come from torch's global generator: seed it for repeatable ones. HantcError with the reason if the
-    spec is rejected, or if its family builds something of another shape.
+    spec is rejected, or if its family builds something of another shape. Families in DERIVED start from
+    `origin`, and need it.
     """
+    if spec.family in DERIVED:
+        if origin is None:
+            raise HantcError("is made from the teacher's region, which is not at hand", where=f"candidate {spec.name}")
+        derived = DERIVED[spec.family].make(spec, signature, origin)
+        _check_shape(derived, spec, signature)
+        return derived
     family = get_family(spec.family, among=among)
     family.require(spec, signature)
     traced = trace(family.build(spec, signature), signature.in_shape, signature.out_shape)

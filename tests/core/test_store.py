@@ -167,3 +167,40 @@ def test_write_to_impossible_place_names_the_path(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         write_text(tmp_path / "folder", "hello")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def _aged(store: Store, kind: str, key: str, size: int, days: float) -> None:
+    store.put_bytes(kind, key, b"x" * size)
+    (path,) = store.root.rglob(f"{key}.bin")
+    then = time.time() - days * 86400
+    os.utime(path, (then, then))
+
+
+def test_gc_removes_what_was_unused_longest(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for key, days in (("aaaa", 3), ("bbbb", 1), ("cccc", 2)):
+        _aged(store, "weights", key, 100, days)
+    assert [e.key for e in store.gc(max_bytes=250, dry_run=True)] == ["aaaa"]
+    assert store.size_bytes() == 300, "a dry run removes nothing"
+    assert [e.key for e in store.gc(max_bytes=100)] == ["aaaa", "cccc"]
+    assert [e.key for e in store.ls()] == ["bbbb"]
+    assert store.gc(max_bytes=100) == []
+
+
+def test_gc_by_age(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _aged(store, "cost", "aaaa", 10, 40)
+    _aged(store, "cost", "bbbb", 10, 20)
+    assert [e.key for e in store.gc(max_age_s=30 * 86400)] == ["aaaa"]
+
+
+def test_reading_counts_as_use(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _aged(store, "weights", "aaaa", 100, 3)
+    _aged(store, "weights", "bbbb", 100, 2)
+    assert store.get_bytes("weights", "aaaa") is not None
+    assert [e.key for e in store.gc(max_bytes=100)] == ["bbbb"]
+
+
+def test_removing_what_is_not_there(tmp_path: Path) -> None:
+    Store(tmp_path).remove("weights", "aaaa", ".bin")

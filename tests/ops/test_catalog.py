@@ -26,12 +26,13 @@ def _printed(table: Table) -> str:
 def test_every_grid_point_has_a_row() -> None:
     signature = Signature(SHAPE, (32, 7, 7))
     rows = catalog.describe(signature)
-    assert len(rows) == 135
+    assert len(rows) == 303 + sum(len(f.grid()) for f in registry.DERIVED.values())
     fitting = {row.candidate for row in rows if not row.reason}
     assert fitting == {spec.name for spec in registry.propose(signature)}
     by_name = {row.candidate: row for row in rows}
     assert by_name["identity"].reason == "the identity cannot drop channels (64 to 32)"
     assert by_name["identity"].macs is None
+    assert by_name["slim_keep0.5"].reason == "made from the teacher's region, not from shapes"
     stack = by_name["cb_stack_k3_w1"]
     assert stack.macs == 49 * 9 * (64 * 32 + 32 * 32)
     assert stack.params == 9 * (64 * 32 + 32 * 32) + 2 * 2 * 32
@@ -51,7 +52,7 @@ def test_tables() -> None:
     assert "same as cb_stack_k3_w0.5 here" in text
     assert "295 k" in text
     text = _printed(catalog.families_table())
-    assert all(name in text for name in registry.FAMILIES)
+    assert all(name in text for name in (*registry.FAMILIES, *registry.DERIVED))
     assert {row["family"]: row["size"] for row in catalog.families_data()}["cb_bottle"] == 40
 
 

@@ -16,6 +16,7 @@ from hantc.dialect.elementwise import Add
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import count_params, module_macs
 from hantc.dialect.norm import BatchNorm
+from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops import registry
 from hantc.ops.family import Family
 from hantc.ops.layers import SKIP_GAMMA
@@ -27,11 +28,18 @@ SPECS = (
     CandidateSpec.make("cb_stack", k=5, w=2.0),
     CandidateSpec.make("cb_bottle", k=3, w=0.25),
     CandidateSpec.make("cb_bottle", k=7, w=1.0, act="hardswish"),
+    CandidateSpec.make("cb_res", k=3, w=0.5),
+    CandidateSpec.make("conv_cs", k=5, w=1.0),
+    CandidateSpec.make("repvgg", k=3, w=1.0),
     CandidateSpec.make("efn", e=1, k=3, se=0.0),
     CandidateSpec.make("efn", e=3, k=5, se=0.25),
     CandidateSpec.make("efnv2", e=1, k=1, se=0.04),
     CandidateSpec.make("efnv2", e=3, k=3, se=0.25),
+    CandidateSpec.make("vit", depth=2, dim=32, heads=4),
+    CandidateSpec.make("bot_trans", e=0.5),
+    CandidateSpec.make("lambda", e=1.0),
 )
+BRANCHED = {"repvgg", "vit", "bot_trans"}  # with sums of their own
 SIGNATURES = (
     Signature((8, 8, 8), (8, 8, 8), "relu"),
     Signature((8, 8, 8), (16, 4, 4), "silu"),
@@ -119,7 +127,7 @@ def test_final_activation(spec: CandidateSpec, final: str) -> None:
     assert plain.min() < 0
 
 
-@pytest.mark.parametrize("spec", SPECS[1:], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [s for s in SPECS[1:] if s.family not in BRANCHED], ids=lambda s: s.name)
 def test_skip_connection_only_where_shapes_match(spec: CandidateSpec) -> None:
     shape: Shape = (8, 8, 8)
     for out, skips in ((shape, 1), ((16, 8, 8), 0), ((8, 4, 4), 0)):
@@ -133,6 +141,26 @@ def test_skip_connection_only_where_shapes_match(spec: CandidateSpec) -> None:
 
 def _convs(spec: CandidateSpec, signature: Signature) -> list[Conv]:
     return [m for m in registry.build(spec, signature).modules() if isinstance(m, Conv)]
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [Signature((16, 8, 8), (16, 8, 8), "relu"), Signature((8, 8, 8), (16, 4, 4)), Signature((8, 7, 9), (12, 4, 5))],
+)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_repvgg_is_two_convolutions_when_deployed(signature: Signature, k: int) -> None:
+    module = _built(CandidateSpec.make("repvgg", k=k, w=1.0), signature)
+    folded, _, _ = normalize(module)
+    assert sum(isinstance(m, Conv) for m in folded.modules()) == 2
+    assert not any(isinstance(m, BatchNorm) for m in folded.modules())
+    x = torch.randn(2, *signature.in_shape)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), module(x), atol=1e-4, rtol=1e-4)
+
+
+def test_repvgg_wants_branches_that_look_at_the_same_pixel() -> None:
+    signature = Signature((8, 14, 14), (8, 10, 10))  # an unpadded 5×5 convolution
+    assert "branch" in FAMILIES["repvgg"].reject(CandidateSpec.make("repvgg", k=5, w=1.0), signature)
 
 
 def test_cb_stack_structure() -> None:

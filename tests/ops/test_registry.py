@@ -19,7 +19,8 @@ from hantc.ops import registry
 from hantc.ops.registry import FAMILIES, Family
 
 WIDE = Signature((256, 14, 14), (256, 14, 14), "relu")
-GRID_SIZES = {"identity": 1, "cb_stack": 40, "cb_bottle": 40, "efn": 27, "efnv2": 27}
+GRID_SIZES = {"identity": 1, "cb_stack": 40, "cb_bottle": 40, "cb_res": 40, "conv_cs": 40, "repvgg": 40}
+GRID_SIZES |= {"efn": 27, "efnv2": 27, "vit": 36, "bot_trans": 6, "lambda": 6}
 
 
 class Pointwise(Family):
@@ -72,7 +73,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, *attributes: str) -> None:
 def test_grid_sizes() -> None:
     assert {name: len(f.grid()) for name, f in FAMILIES.items()} == GRID_SIZES
     assert {name: len(f.specs(WIDE)) for name, f in FAMILIES.items()} == GRID_SIZES
-    assert len(registry.propose(WIDE)) == sum(GRID_SIZES.values()) == 135
+    assert len(registry.propose(WIDE)) == sum(GRID_SIZES.values()) == 303
 
 
 def test_names_are_unique() -> None:

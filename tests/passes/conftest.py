@@ -21,7 +21,7 @@ from hantc.core.backend_api import Artefact, Backend
 from hantc.core.config import EFFORTS, CompileConfig
 from hantc.core.progress import Reporter
 from hantc.core.store import Store
-from hantc.core.types import CandidateSpec, Protocol, Region, Signature, Timing, digest
+from hantc.core.types import CandidateSpec, Choice, Plan, Protocol, Region, Signature, Timing, digest
 from hantc.data.dataset import Dataset, load_dataset
 from hantc.data.preprocess import Preprocess
 from hantc.dialect.activation import Unary
@@ -41,6 +41,7 @@ from hantc.passes.distill import Distill
 from hantc.passes.load import Load
 from hantc.passes.match import Match
 from hantc.passes.normalize import Normalize
+from hantc.passes.rewrite import Rewrite
 from hantc.passes.score import Score
 from hantc.passes.state import Clock, Context, Proposal, State
 
@@ -282,6 +283,18 @@ class Lab:
     def scored(self) -> State:
         """Distilled and scored."""
         return Score().call(Distill().call(self.costed, self.shared), self.shared)
+
+    def rewritten(self) -> State:
+        """A student of two replaced regions and one that stays the teacher's in INT8; made anew each time, for
+        fine-tuning trains it in place."""
+        assert self.scored.match is not None
+        picks = {"r01": (STACK.name, "int8"), "r02": ("teacher", "int8"), "r03": (STACK.name, "fp32")}
+        choices = tuple(
+            Choice(r.name, r.kind, *picks.get(r.name, ("teacher", "fp32")), 0.0, 0.0, 0.0)
+            for r in self.scored.match.regions
+            if len(r.atoms) == 1
+        )
+        return Rewrite().call(replace(self.scored, plan=Plan(choices, 1.0, 1.0, 0.0)), self.shared)
 
 
 def offer(region: Region, spec: CandidateSpec) -> Proposal:

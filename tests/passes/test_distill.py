@@ -14,11 +14,12 @@ from hantc.core.config import Budget
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Signature
 from hantc.dialect.graph import with_taps
 from hantc.ops import registry
-from hantc.passes import distill
-from hantc.passes.distill import Distill, Job, train, wanted_ms, weights_key
+from hantc.passes import distill, training
+from hantc.passes.distill import Distill, wanted_ms, weights_key
 from hantc.passes.engine import relative_mse
-from hantc.passes.plug import trained
+from hantc.passes.plug import origin_of, trained
 from hantc.passes.state import Context, Proposal, State
+from hantc.passes.training import Job, gather, train
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -155,8 +156,8 @@ def test_the_same_seed_gives_the_same_weights(lab: Lab) -> None:
 def test_a_candidate_that_diverges_is_dropped_with_a_note(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     real = registry.build
 
-    def poisoned(spec: CandidateSpec, signature: Signature) -> fx.GraphModule:
-        module = real(spec, signature)
+    def poisoned(spec: CandidateSpec, signature: Signature, **options: Any) -> fx.GraphModule:
+        module = real(spec, signature, **options)
         if spec == BOTTLE:
             with torch.no_grad():
                 next(module.parameters()).fill_(float("inf"))
@@ -174,6 +175,69 @@ def test_a_candidate_that_diverges_is_dropped_with_a_note(lab: Lab, monkeypatch:
     assert state.costs is not None
     assert [(r, c) for r, c, _, reason in state.costs.skipped if "diverged" in reason] == [("r03", BOTTLE.name)]
     assert len(ctx.store.ls("weights")) == 1, "what diverged is not kept"
+
+
+SLIM = CandidateSpec.make("slim", keep=0.5)
+
+
+def test_derived_candidates_start_near_the_teacher_and_get_nearer(lab: Lab) -> None:
+    untrained, _ = done(offering(lab.matched, ("r03", SLIM)), lab.fresh(effort={"distill_epochs": 1}))
+    trained_, _ = done(offering(lab.matched, ("r03", SLIM)), lab.fresh(effort={"distill_epochs": 24}))
+    before, after = (derived_error(lab, state, "r03", SLIM) for state in (untrained, trained_))
+    assert after < before < 0.5
+
+
+def derived_error(lab: Lab, state: State, region_name: str, spec: CandidateSpec) -> float:
+    assert state.network is not None and state.match is not None and state.weights is not None
+    region = state.match.region(region_name)
+    x, _ = lab.labelled.search.batch(list(range(64)))
+    origin = origin_of(state.network, state.match, region)
+    candidate = trained(region, spec, state.weights[region_name, spec.name], origin=origin)
+    with torch.no_grad():
+        _, (source, target) = with_taps(state.network, [region.input, region.output])(x)
+        return float(relative_mse(candidate(source), target))
+
+
+def test_what_a_rival_outdoes_is_left_untrained_and_so_is_it_the_next_time(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "outdone", lambda entrants, clearly: [
+        "slim_keep0.5" if e.candidate == STACK.name else "" for e in entrants
+    ])  # fmt: skip
+    ctx = lab.fresh(effort={"distill_epochs": 2})
+    state = offering(lab.matched, ("r03", STACK), ("r03", SLIM))
+    after, weights = done(state, ctx)
+    assert set(weights) == {("r03", SLIM.name)}
+    assert after.costs is not None
+    assert [(c, "slim_keep0.5 costs no more" in why) for _, c, _, why in after.costs.skipped] == [(STACK.name, True)]
+    forbid(monkeypatch)
+    again, second = done(state, lab.fresh(effort={"distill_epochs": 2}, store=ctx.store))
+    assert set(second) == set(weights)
+    assert again.costs is not None and again.costs.skipped == after.costs.skipped
+
+
+def test_what_was_outdone_is_trained_where_its_rival_is_missing(lab: Lab) -> None:
+    ctx = lab.fresh(effort={"distill_epochs": 1})
+    state = offering(lab.matched, ("r03", STACK))
+    key = weights_key(state, ctx, (state.proposals or ())[0])
+    ctx.store.put_json("outdone", key, {"rival": "slim_keep0.5"})
+    _, weights = done(state, ctx)
+    assert set(weights) == {("r03", STACK.name)}
+
+
+def test_samples_are_the_teachers_activations_and_fewer_where_maps_are_large(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, match = lab.matched.network, lab.matched.match
+    assert network is not None and match is not None
+    regions = [match.region("r01"), match.region("r03")]
+    monkeypatch.setattr(training, "_POSITIONS", 64 * 12 * 12)
+    found = gather(network, regions, lab.labelled)
+    n = min(256, len(lab.labelled.train))
+    assert {t: len(v) for t, v in found.items()} == {regions[0].input: 64, regions[1].input: n}
+    with torch.no_grad():
+        _, (want,) = with_taps(network, [regions[1].input])(lab.labelled.train.batch(list(range(64)))[0])
+    assert torch.equal(found[regions[1].input][:64], want)
 
 
 def test_jobs_train_beside_each_other_without_mixing(lab: Lab) -> None:

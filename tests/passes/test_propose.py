@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hantc.core.types import CandidateSpec, MatchResult, Region
+from hantc.ops.registry import DERIVED
 from hantc.passes.propose import Propose, spec_of, spread
 from hantc.passes.state import Proposal, State
 
@@ -47,7 +48,8 @@ def test_a_tiny_region_has_only_what_multiplies_nothing(lab: Lab) -> None:
     assert lab.matched.match is not None
     tiny = replace(lab.matched.match.region("r01"), macs=1)
     state = Propose().call(with_regions(lab.matched, tiny), lab.context(data=lab.labelled))
-    assert [p.spec.name for p in state.proposals or ()] == ["identity"]
+    from_scratch = [p for p in state.proposals or () if p.spec.family not in DERIVED]
+    assert [p.spec.name for p in from_scratch] == ["identity"]
 
 
 def test_every_grid_point_is_either_proposed_or_explained(lab: Lab) -> None:
@@ -62,15 +64,31 @@ def test_every_grid_point_is_either_proposed_or_explained(lab: Lab) -> None:
     assert len(set(counts.values())) == 1, "every region goes through the same grids"
 
 
+def test_derived_candidates_are_proposed_where_they_fit(lab: Lab) -> None:
+    state = Propose().call(lab.matched, lab.context(data=lab.labelled))
+    found = {(p.region, p.spec.family): p for p in state.proposals or () if p.spec.family in DERIVED}
+    assert {r for r, f in found if f == "slim"} == {"r01", "r02", "r03"}
+    assert state.match is not None
+    assert {r for r, f in found if f == "merged"} == {r.name for r in state.match.regions if len(r.atoms) > 1}
+    for (region, _), p in found.items():
+        assert 0 < p.macs < state.match.region(region).macs
+
+
 def test_the_effort_limits_what_is_measured_and_all_families_get_a_share(lab: Lab) -> None:
-    state = Propose().call(lab.matched, lab.context(data=lab.labelled, effort={"measured_per_region": 9}))
-    by_region: dict[str, Counter[str]] = {}
-    for p in state.proposals or ():
-        by_region.setdefault(p.region, Counter())[p.spec.family] += 1
-    assert set(by_region["r01"]) == {"identity", "cb_stack", "cb_bottle", "efn", "efnv2"}
-    assert {sum(c.values()) for c in by_region.values()} == {9}
-    assert by_region["r01"]["identity"] == 1
-    assert all(n >= 2 for f, n in by_region["r01"].items() if f != "identity")
+    def from_scratch(limit: int) -> tuple[dict[str, Counter[str]], State]:
+        state = Propose().call(lab.matched, lab.context(data=lab.labelled, effort={"measured_per_region": limit}))
+        by_region: dict[str, Counter[str]] = {}
+        for p in state.proposals or ():
+            if p.spec.family not in DERIVED:  # those are few, so that all of them are measured
+                by_region.setdefault(p.region, Counter())[p.spec.family] += 1
+        return by_region, state
+
+    everything, _ = from_scratch(10_000)
+    some, state = from_scratch(20)
+    assert set(some["r01"]) == set(everything["r01"]) >= {"identity", "cb_stack", "cb_bottle", "efn", "repvgg"}
+    assert {sum(c.values()) for c in some.values()} == {20}
+    assert some["r01"]["identity"] == 1
+    assert all(n >= min(2, everything["r01"][f]) for f, n in some["r01"].items())
     assert any("--effort" in reason for _, _, reason in state.skipped)
 
 

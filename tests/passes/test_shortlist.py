@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region
-from hantc.passes.distill import shortlist
+from hantc.passes.shortlist import shortlist
 from hantc.passes.state import Proposal
 
 Skipped = dict[str, str]
@@ -114,3 +114,18 @@ def test_a_larger_budget_never_asks_for_less_capacity(budget: float) -> None:
 
 def test_nothing_proposed_nothing_kept() -> None:
     assert choose({}) == ([], {})
+
+
+def test_derived_candidates_have_places_of_their_own() -> None:
+    """Under ceilings 0.6, 0.36 and 0.216 of the teacher (budget 0.5): two for those from scratch without derived
+    ones beside them, else one; three for derived ones."""
+    slim = [CandidateSpec.make("slim", keep=k) for k in (0.9, 0.7, 0.5, 0.3)]
+    proposals = [Proposal("r0", s, 90 - 20 * i, 0) for i, s in enumerate(slim)]
+    times = {s.name: ms for s, ms in zip(slim, (0.59, 0.35, 0.34, 0.2), strict=True)}
+    scratch = [Proposal("r0", CandidateSpec(f"c{m}"), m, 0) for m in (50, 30)]
+    times |= {"c50": 0.5, "c30": 0.3, "teacher": 1.0}
+    table = CostTable(tuple(CostRow("r0", n, "fp32", t, 0.0, 5, "test", "d", 1, 1) for n, t in times.items()), 1.0, 0.0)
+    kept, _ = shortlist([*proposals, *scratch], table, REGIONS, (2, 1), 0.5)
+    assert [p.spec.name for p in kept] == ["slim_keep0.9", "slim_keep0.7", "slim_keep0.3", "c50"]
+    kept, _ = shortlist(scratch, table, REGIONS, (2, 1), 0.5)
+    assert [p.spec.name for p in kept] == ["c50", "c30"]

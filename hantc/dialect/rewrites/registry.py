@@ -8,6 +8,7 @@ from hantc.dialect.rewrites.fold_norm import FoldAffine, FoldNorm
 from hantc.dialect.rewrites.fold_pad import FoldPad
 from hantc.dialect.rewrites.fuse_act import ClipToRelu, FuseHardSwish, FuseSilu
 from hantc.dialect.rewrites.global_pool import MakeGlobalPool
+from hantc.dialect.rewrites.merge_branches import MergeBranches
 from hantc.dialect.rewrites.merge_convs import MergeConvs
 
 # What clears the way comes first: a no-op between a convolution and its norm would keep them apart.
@@ -20,5 +21,6 @@ REWRITES: tuple[Rewrite, ...] = (
     FoldPad(),
     FoldNorm(),
     FoldAffine(),
+    MergeBranches(),
     MergeConvs(),
 )

@@ -1,0 +1,118 @@
+"""Weights fitted in closed form: what a convolution must be so that a changed graph still computes what the
+teacher computes, in the least-squares sense, on real activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from hantc.dialect.conv import Conv, torch_pads
+from hantc.ops.channels import is_depthwise
+
+_ROWS = 12288  # positions that a fit looks at, at most
+_RIDGE = 3e-3  # of the mean energy of the inputs: keeps weights near where they start
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps every tensor by node name."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As fx, and remembers."""
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.values[n.name] = result
+        return result
+
+
+def activations(module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
+    """Every node's value on `x`."""
+    recorder = Recorder(module)
+    with torch.no_grad():
+        recorder.run(x)
+    return recorder.values
+
+
+class _Refit(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, targets: Mapping[str, Tensor]) -> None:
+        super().__init__(module)
+        self.targets = targets
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and n.name in self.targets:
+            conv = self.module.get_submodule(str(n.target))
+            x = self.env[n.all_input_nodes[0]]
+            if isinstance(conv, Conv) and len(conv.kernel) == 2:
+                fit_conv(conv, x, self.targets[n.name])
+        return super().run_node(n)
+
+
+def refit(module: fx.GraphModule, targets: Mapping[str, Tensor], x: Tensor) -> None:
+    """Fit the convolutions named in `targets` one after the other, in place, each on what the ones before it
+    now give: (N, C, H, W) values that they should produce."""
+    with torch.no_grad():
+        _Refit(module, targets).run(x)
+
+
+def fit_conv(conv: Conv, x: Tensor, target: Tensor) -> None:
+    """Ridge regression of `target` on the patches of `x`, drawn towards the present weights; in place. Leaves
+    the convolution alone if it is grouped (but not depthwise) or the system cannot be solved."""
+    if conv.groups > 1 and not is_depthwise(conv):
+        return
+    positions = target.shape[2] * target.shape[3]
+    step = max(1, len(x) * positions // (4 * _ROWS))  # patches of all images would fill the memory
+    x, target = x[::step], target[::step]
+    patches = _patches(conv, x)  # (P, C, k²)
+    wanted = target.permute(0, 2, 3, 1).flatten(0, 2)  # (P, C')
+    if len(wanted) > _ROWS:
+        rows = torch.linspace(0, len(wanted) - 1, _ROWS).long()
+        patches, wanted = patches[rows], wanted[rows]
+    if is_depthwise(conv):
+        design = patches.transpose(0, 1)  # (C, P, k²)
+        start = conv.weight.detach().flatten(1).unsqueeze(2)  # (C, k², 1)
+        goal = wanted.t().unsqueeze(2)  # (C, P, 1)
+    else:
+        design = patches.flatten(1).unsqueeze(0)  # (1, P, C·k²)
+        start = conv.weight.detach().flatten(1).t().unsqueeze(0)  # (1, C·k², C')
+        goal = wanted.unsqueeze(0)
+    solved = _ridge(design, goal, start)
+    if solved is None:
+        return
+    weight, bias = solved
+    conv.weight.data.copy_(
+        (weight.squeeze(2) if is_depthwise(conv) else weight.squeeze(0).t()).reshape(conv.weight.shape)
+    )
+    conv.bias = torch.nn.Parameter(bias.flatten())
+
+
+def _ridge(design: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(weights, bias) minimising ‖design·w + b − goal‖² + λ‖w − start‖², batched over dim 0."""
+    centre, level = design.mean(1, keepdim=True), goal.mean(1, keepdim=True)
+    a, y = (design - centre).double(), (goal - level).double()
+    gram = a.transpose(1, 2) @ a
+    n = gram.shape[-1]
+    strength = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    gram = gram + strength[:, None, None] * torch.eye(n, dtype=gram.dtype)
+    right = a.transpose(1, 2) @ y + strength[:, None, None] * start.double()
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if bool(info.any()):
+        return None
+    weight = torch.cholesky_solve(right, factor).float()
+    if not bool(torch.isfinite(weight).all()):
+        return None
+    return weight, level - centre @ weight
+
+
+def _patches(conv: Conv, x: Tensor) -> Tensor:
+    """What the kernel sees at each position: (P, C, k²)."""
+    padded = F.pad(x, torch_pads(conv.pads)) if any(conv.pads) else x
+    found = F.unfold(padded, conv.kernel, conv.dilation, 0, conv.stride)  # (N, C·k², L)
+    n, _, length = found.shape
+    return found.view(n, x.shape[1], -1, length).permute(0, 3, 1, 2).flatten(0, 1)

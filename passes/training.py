@@ -1,0 +1,172 @@
+"""Candidates in training: all side by side on the teacher's activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from hantc.core.types import CandidateSpec, Region, digest
+from hantc.data.dataset import Dataset
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.graph import with_taps
+from hantc.ops.registry import DERIVED
+from hantc.passes.checkpoint import Checkpoint, part_of, prefixed
+from hantc.passes.contest import RUNGS, Entrant, outdone
+from hantc.passes.engine import (
+    TimeBox,
+    augmentation,
+    calibrate_norm,
+    epochs,
+    fast_module,
+    output_kind,
+    relative_mse,
+    set_rate,
+    trainable,
+)
+from hantc.passes.state import Context
+
+RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
+RECIPE = {"version": 4, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
+_POSITIONS = 1 << 17  # of a region's activations that a candidate is derived from
+_SAMPLES = 256  # images for the same, at most
+
+
+@dataclass
+class Job:
+    """One candidate in training."""
+
+    region: Region
+    spec: CandidateSpec
+    module: fx.GraphModule
+    key: str
+    cost: float = math.inf  # ms, in the cheaper precision
+    loss: float = float("nan")
+    dead: str = ""
+    rival: str = ""  # the candidate that made this one pointless
+    seen: int = field(default=0)
+    steps: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Base learning rate."""
+        return RATE * (DERIVED[self.spec.family].start if self.spec.family in DERIVED else 1.0)
+
+
+def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) -> dict[str, Tensor]:
+    """The teacher's activations that enter `regions`, by node name: (n, *in_shape), the fewer images the larger
+    the region's maps are, from the train split."""
+    taps = sorted({r.input for r in regions})
+    if not taps:
+        return {}
+    largest: dict[str, int] = {}
+    for r in regions:
+        largest[r.input] = max(largest.get(r.input, 1), math.prod(r.in_shape[1:]))
+    tapped = with_taps(network, taps)
+    found: dict[str, list[Tensor]] = {t: [] for t in taps}
+    n = min(_SAMPLES, len(data.train))
+    for i in range(0, n, 64):
+        x, _ = data.train.batch(list(range(i, min(n, i + 64))))
+        for tap, value in _activations(tapped, taps, x).items():
+            if i * largest[tap] < _POSITIONS:
+                found[tap].append(value)
+    return {t: torch.cat(v) for t, v in found.items()}
+
+
+def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Dataset) -> None:
+    """Train all jobs side by side on the teacher's activations (phase 1 of the paper, §3.2): relative squared
+    error, Adam, cosine; as many steps as the time share allows."""
+    taps = sorted({j.region.input for j in jobs} | {j.region.output for j in jobs})
+    tapped = fast_module(with_taps(network, taps))
+    sample = example_inputs(network.meta["info"], 2)[0]
+    kind = output_kind(network, sample, data.num_classes)
+    augment = augmentation(network, data, kind)
+    size = min(ctx.effort.batch_size, len(data.train))
+    steps = ctx.effort.distill_epochs * max(1, len(data.train) // size)
+    seconds = ctx.effort.distill_share * ctx.clock.limit_s
+    rates = sorted({j.rate for j in jobs})
+    groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
+    optimizer = torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups if params])
+    checkpoint = Checkpoint(ctx.store, digest(sorted(j.key for j in jobs)))
+    box = TimeBox(min(seconds, 0.6 * ctx.clock.remaining()), steps, begun=_resume(jobs, checkpoint))
+    rungs = [r for r in RUNGS if r[0] > box.begun]
+    with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
+        bar.advance(box.begun)
+        done = box.begun
+        for x, _ in epochs(data.train, size, augment, ctx.config.seed):
+            values = _activations(tapped, taps, x)
+            if box.step == 0:
+                for j in jobs:
+                    fast_module(j.module).train()
+                    if not box.begun and j.spec.family not in DERIVED:
+                        calibrate_norm(j.module, values[j.region.output], values[j.region.input])
+            set_rate(optimizer, box.rate())
+            optimizer.zero_grad(set_to_none=True)
+            for j in jobs:
+                _step(j, values)
+            optimizer.step()
+            if rungs and box.progress >= rungs[0][0]:
+                _retire(jobs, rungs.pop(0)[1])
+            more = box.advance()
+            bar.advance(max(0.0, box.progress - done))
+            done = max(done, box.progress)
+            if not more:
+                break
+            if checkpoint.due():
+                _save(jobs, checkpoint, box.progress)
+    checkpoint.clear()
+    for j in jobs:
+        j.module.eval()
+        ctx.reporter.event("distilled", region=j.region.name, candidate=j.spec.name, mse=j.loss, images=j.seen)
+
+
+def _save(jobs: Sequence[Job], checkpoint: Checkpoint, progress: float) -> None:
+    facts = {j.key: [j.loss, j.dead, j.rival, j.seen, j.steps] for j in jobs}
+    checkpoint.save(prefixed({j.key: j.module.state_dict() for j in jobs}), progress, facts)
+
+
+def _resume(jobs: Sequence[Job], checkpoint: Checkpoint) -> float:
+    """Take up what an interrupted run left; the share that it did."""
+    saved = checkpoint.load()
+    if saved is None or any(j.key not in saved.extra for j in jobs):
+        return 0.0
+    for j in jobs:
+        j.module.load_state_dict(part_of(saved.tensors, j.key))
+        j.loss, j.dead, j.rival, j.seen, j.steps = saved.extra[j.key]
+    return saved.progress
+
+
+def _activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        _, values = tapped(x)
+    return dict(zip(taps, values, strict=True))
+
+
+def _step(job: Job, values: Mapping[str, Tensor]) -> None:
+    """Forward and backward of one candidate; a non-finite loss ends its training, not the run."""
+    if job.dead or job.rival:
+        return
+    loss = relative_mse(job.module(values[job.region.input]), values[job.region.output])
+    if not torch.isfinite(loss):
+        job.dead = "its training diverged (non-finite loss)"
+        for p in job.module.parameters():
+            p.grad = None
+        return
+    if loss.requires_grad:
+        loss.backward()
+    job.steps += 1
+    decay = min(0.98, job.steps / (job.steps + 3))  # young averages follow quickly
+    value = float(loss.detach())
+    job.loss = value if math.isnan(job.loss) else decay * job.loss + (1 - decay) * value
+    job.seen += values[job.region.input].shape[0]
+
+
+def _retire(jobs: Sequence[Job], clearly: float) -> None:
+    """Successive halving: stop training what a rival of its region already makes pointless."""
+    alive = [j for j in jobs if not (j.dead or j.rival)]
+    entrants = [Entrant(j.region.name, j.spec.name, j.cost, j.loss) for j in alive]
+    for job, rival in zip(alive, outdone(entrants, clearly), strict=True):
+        job.rival = rival if trainable([job.module]) else ""

@@ -1,0 +1,99 @@
+"""Parallel convolutions become one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from onnx import NodeProto, helper
+
+from hantc.dialect.rewrites.merge_branches import MergeBranches
+
+if TYPE_CHECKING:
+    from tests.dialect.conftest import Array
+    from tests.dialect.rewrites.conftest import Rewriting
+
+RNG = np.random.default_rng(9)
+
+
+def w(*shape: int) -> Array:
+    return (RNG.standard_normal(shape) * 0.5).astype(np.float32)
+
+
+def norm(channels: int) -> dict[str, Array]:
+    positive = {"scale": w(channels), "var": np.abs(w(channels)) + 0.5}
+    return {**positive, "shift": w(channels), "mean": w(channels)}
+
+
+def conv(weight: str, out: str, *bias: str, **attrs: Any) -> NodeProto:
+    return helper.make_node("Conv", ["x", weight, *bias], [out], **attrs)
+
+
+def add(a: str, b: str, out: str = "y") -> NodeProto:
+    return helper.make_node("Add", [a, b], [out])
+
+
+NORM = helper.make_node("BatchNormalization", ["x", "scale", "shift", "mean", "var"], ["n"])
+THREE = {"pads": [1] * 4}
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_3x3_and_1x1(rewriting: Rewriting, order: tuple[str, str], stride: int) -> None:
+    nodes = [
+        conv("w3", "a", "b3", strides=[stride] * 2, **THREE),
+        conv("w1", "b", strides=[stride] * 2),
+        add(*order),
+    ]
+    r = rewriting.run(MergeBranches(), nodes, {"w3": w(6, 4, 3, 3), "b3": w(6), "w1": w(6, 4, 1, 1)})
+    assert r.after == ["Conv"]
+    assert r.applied[0].note == "merged into add_0"
+
+
+def test_a_norm_of_the_input_is_a_branch_too(rewriting: Rewriting) -> None:
+    nodes = [conv("w3", "a", **THREE), NORM, add("a", "n")]
+    r = rewriting.run(MergeBranches(), nodes, {"w3": w(4, 4, 3, 3), **norm(4)})
+    assert r.after == ["Conv"]
+
+
+def test_three_branches(rewriting: Rewriting) -> None:
+    nodes = [conv("w5", "a", pads=[2] * 4), conv("w1", "b", "b1"), add("a", "b", "s"), NORM, add("s", "n")]
+    r = rewriting.run(MergeBranches(), nodes, {"w5": w(4, 4, 5, 5), "w1": w(4, 4, 1, 1), "b1": w(4), **norm(4)})
+    assert r.after == ["Conv"]
+
+
+def test_other_offsets_are_kept(rewriting: Rewriting) -> None:
+    nodes = [conv("w3", "a", pads=[2, 2, 0, 0]), conv("w1", "b"), add("a", "b")]
+    assert rewriting.run(MergeBranches(), nodes, {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1)}).after == ["Conv"]
+
+
+RELU = helper.make_node("Relu", ["b"], ["z"])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        ([conv("w3", "a", **THREE), conv("w1", "b"), add("a", "b"), RELU], "elsewhere"),
+        ([conv("w3", "a", group=2, **THREE), conv("g1", "b", group=2), add("a", "b")], "grouped"),
+        ([conv("w2", "a", pads=[0, 0, 1, 1]), conv("w3", "b", **THREE), add("a", "b")], ""),
+    ],
+    ids=["used", "grouped", "inside"],
+)  # fmt: skip
+def test_near_matches(rewriting: Rewriting, nodes: list[NodeProto], reason: str) -> None:
+    constants = {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1), "g1": w(4, 2, 1, 1), "w2": w(4, 4, 2, 2)}
+    if reason == "grouped":
+        constants["w3"] = w(4, 2, 3, 3)
+    outputs = ("y", "z") if reason == "elsewhere" else ("y",)
+    r = rewriting.run(MergeBranches(), nodes, constants, outputs=outputs)
+    if reason:
+        assert r.before == r.after
+        assert any(reason in m for m in r.reasons)
+    else:
+        assert r.after == ["Conv"], "values are compared by the fixture"
+
+
+def test_different_inputs_stay(rewriting: Rewriting) -> None:
+    nodes = [conv("w3", "a", **THREE), helper.make_node("Conv", ["a", "w1"], ["b"]), add("a", "b")]
+    r = rewriting.run(MergeBranches(), nodes, {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1)})
+    assert r.before == r.after

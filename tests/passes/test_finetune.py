@@ -1,0 +1,77 @@
+"""Training the student as a whole: it gets nearer to the teacher, and the best of it is kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from hantc.dialect.graph import with_taps
+from hantc.passes import finetune
+from hantc.passes.engine import first_output
+from hantc.passes.finetune import Finetune
+from hantc.passes.state import State
+
+if TYPE_CHECKING:
+    from tests.passes.conftest import Lab
+
+
+def distance(lab: Lab, state: State) -> float:
+    """Mean squared error of the student's outputs on images that nothing was trained on."""
+    assert state.student is not None and state.network is not None
+    x, _ = lab.labelled.val.batch(list(range(40)))
+    with torch.no_grad():
+        pair = [first_output(m(x)) for m in (state.student, state.network)]
+    return float((pair[0] - pair[1]).square().mean())
+
+
+def test_the_student_gets_nearer_to_the_teacher(lab: Lab) -> None:
+    before = distance(lab, lab.rewritten())
+    after = Finetune().call(lab.rewritten(), lab.fresh(effort={"finetune_epochs": 12}))
+    assert distance(lab, after) < 0.8 * before
+    losses = [h["loss"] for h in after.history]
+    assert losses[-1] < losses[0]
+    assert after.history[-1]["progress"] == 1.0
+
+
+def test_the_teacher_is_not_touched(lab: Lab) -> None:
+    state = lab.rewritten()
+    assert state.network is not None
+    before = {k: v.clone() for k, v in state.network.state_dict().items()}
+    Finetune().call(state, lab.fresh())
+    assert all(torch.equal(v, before[k]) for k, v in state.network.state_dict().items())
+
+
+def test_the_best_state_is_kept_where_training_does_harm(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "_RATE", 3.0)
+    before = distance(lab, lab.rewritten())
+    after = Finetune().call(lab.rewritten(), lab.fresh(effort={"finetune_epochs": 3}))
+    best = min(after.history, key=lambda h: h["loss"])
+    assert best["loss"] <= after.history[0]["loss"]
+    assert distance(lab, after) <= 1.5 * before
+
+
+def test_a_second_call_trains_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = lab.fresh()
+    first = Finetune().call(lab.rewritten(), ctx)
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(finetune, "tune", never)
+    second = Finetune().call(lab.rewritten(), ctx)
+    assert first.student is not None and second.student is not None
+    want, got = first.student.state_dict(), second.student.state_dict()
+    assert all(torch.equal(v, got[k]) for k, v in want.items())
+    assert [dict(h) for h in second.history] == [dict(h) for h in first.history]
+
+
+def test_regions_keep_their_names(lab: Lab) -> None:
+    state = lab.rewritten()
+    assert state.student is not None
+    held = [n.name for n in state.student.graph.nodes if n.op == "call_module" and n.name.startswith("r0")]
+    assert held == ["r01", "r02", "r03"]
+    with torch.no_grad():
+        _, values = with_taps(state.student, held)(lab.labelled.val.batch([0, 1])[0])
+    assert [tuple(v.shape[1:]) for v in values] == [(16, 12, 12), (32, 6, 6), (32, 6, 6)]
