@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from hantc.backends.registry import get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Capabilities
-from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration
+from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration, parse_size
 from hantc.core.errors import UsageError
 from hantc.core.progress import Reporter
 from hantc.core.store import Store
@@ -41,7 +42,12 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
     given = {k: v for k, v in options.items() if v is not None}
     if "budget" in given and "max_drop" in given:
         raise UsageError("--budget and --max-drop exclude each other", hint="give one of them")
-    parse = {"budget": Budget.parse, "max_drop": parse_drop, "time_limit": parse_duration}
+    parse: dict[str, Callable[[str], object]] = {
+        "budget": Budget.parse,
+        "max_drop": parse_drop,
+        "time_limit": parse_duration,
+        "store_limit": lambda text: parse_size(text, "--store-limit"),
+    }
     given |= {k: f(str(given[k])) for k, f in parse.items() if k in given}
     given |= {k: os.fspath(given[k]) for k in ("data", "val", "preprocess") if k in given}
     given = {"out": path.with_suffix(".hantc"), "store": default_store(), **given}

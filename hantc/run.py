@@ -77,6 +77,7 @@ def compile_config(
         state, timings = run_passes(passes, state, ctx)
         summary = _summary(state, ctx, timings)
         _write(state, ctx, summary)
+    ctx.store.gc(max_bytes=config.store_limit)
     assert state.student is not None
     return Run(config.out, summary, state.student)
 
@@ -132,7 +133,7 @@ def _data_facts(data: Dataset) -> dict[str, Any]:
 
 def _options(config: CompileConfig) -> dict[str, Any]:
     """What was asked for, with absolute paths, so that the run can be verified from anywhere."""
-    options = config.model_dump(mode="json", exclude={"out", "store", "resume"}, exclude_none=True)
+    options = config.model_dump(mode="json", exclude={"out", "store", "store_limit", "resume"}, exclude_none=True)
     for name in ("model", "data", "val", "preprocess", "lut"):
         if name in options and Path(options[name]).expanduser().exists():
             options[name] = str(Path(options[name]).expanduser().absolute())

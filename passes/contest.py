@@ -8,7 +8,7 @@ from dataclasses import dataclass
 RUNGS: tuple[tuple[float, float], ...] = ((0.06, 0.4), (0.15, 0.6), (0.35, 0.75), (0.6, 0.85))
 """When candidates are compared (share of the training time), and how much smaller a rival's error must be."""
 
-_SAME_COST = 1.02  # latencies are measured: this much more is no more
+SAME_COST = 1.02  # latencies are measured: this much more is no more
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def outdone(entrants: Sequence[Entrant], clearly: float) -> list[str]:
     rivals: list[str] = []
     for e in entrants:
         better = [
-            r for r in entrants if r.region == e.region and r.cost <= _SAME_COST * e.cost and r.loss < clearly * e.loss
+            r for r in entrants if r.region == e.region and r.cost <= SAME_COST * e.cost and r.loss < clearly * e.loss
         ]
         best = min(better, key=lambda r: (r.loss, r.cost, r.candidate), default=None)
         rivals.append(best.candidate if best else "")

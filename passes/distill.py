@@ -12,11 +12,12 @@ import torch
 from hantc.core.types import CostTable, Signature, digest
 from hantc.data.dataset import Dataset
 from hantc.ops.registry import DERIVED, build
+from hantc.passes.contest import SAME_COST
 from hantc.passes.engine import trainable
 from hantc.passes.plug import origin_of
 from hantc.passes.shortlist import shortlist
 from hantc.passes.state import Context, Proposal, State, WeightMap
-from hantc.passes.training import RECIPE, Job, gather, train
+from hantc.passes.training import RECIPE, Job, checkpoint_of, gather, train
 
 DEFAULT_BUDGET = 0.5
 
@@ -43,13 +44,15 @@ class Distill:
         kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget)
         weights, todo, outdone = self._stored(state, ctx, kept)
         jobs, still = self._jobs(state, ctx, ctx.data, todo)
+        progress = checkpoint_of(ctx.store, [*jobs, *still])
         if jobs:
-            train(state.network, [*jobs, *still], ctx, ctx.data)
+            train(state.network, [*jobs, *still], ctx, ctx.data, progress)
         weights |= {(job.region.name, job.spec.name): {} for job in still}
         for job in jobs:
             reason = self._keep(job, ctx, weights)
             if reason:
                 outdone.append((job.region.name, job.spec.name, "*", reason))
+        progress.clear()
         skipped += outdone
         ctx.reporter.event("distill", trained=len(jobs), reused=len(kept) - len(jobs))
         table = replace(state.costs, skipped=state.costs.skipped + tuple(skipped))
@@ -58,20 +61,22 @@ class Distill:
     @staticmethod
     def _stored(state: State, ctx: Context, kept: Sequence[Proposal]) -> tuple[Weights, list[Keyed], list[Skipped]]:
         """What the store holds of `kept`, what is to be trained, and what a rival among them is known to outdo."""
-        names: dict[str, set[str]] = {}
-        for p in kept:
-            names.setdefault(p.region, set()).add(p.spec.name)
+        costs, names = least_costs(state), {(p.region, p.spec.name) for p in kept}
         weights: Weights = {}
         todo: list[Keyed] = []
         skipped: list[Skipped] = []
         for p in kept:
             key = weights_key(state, ctx, p)
             stored = ctx.store.get_tensors("weights", key)
-            rival = (ctx.store.get_json("outdone", key) or {}).get("rival") if stored is None else None
+            verdict = ctx.store.get_json("verdict", key) or {} if stored is None else {}
+            rival = (p.region, verdict.get("rival", ""))
             if stored is not None:
                 weights[p.region, p.spec.name] = {k: torch.from_numpy(v) for k, v in stored.items()}
-            elif rival in names[p.region]:
-                skipped.append((p.region, p.spec.name, "*", _outdone_by(rival)))
+            elif verdict.get("dead"):
+                skipped.append((p.region, p.spec.name, "*", verdict["dead"]))
+            elif rival in names and costs[rival] <= SAME_COST * costs[p.region, p.spec.name]:
+                # on another device, or at another precision, the rival may be the dearer one
+                skipped.append((p.region, p.spec.name, "*", _outdone_by(rival[1])))
             else:
                 todo.append((p, key))
         return weights, todo, skipped
@@ -80,12 +85,13 @@ class Distill:
     def _keep(job: Job, ctx: Context, weights: Weights) -> str:
         """Store what a trained candidate has become, and add it to `weights`; or why it is out."""
         if job.rival:
-            ctx.store.put_json("outdone", job.key, {"rival": job.rival})
+            ctx.store.put_json("verdict", job.key, {"rival": job.rival})
             return _outdone_by(job.rival)
         if not job.dead and not all(torch.isfinite(p).all() for p in job.module.parameters()):
             job.dead = "its training diverged (non-finite weights)"
         if job.dead:
             ctx.note(f"{job.region.name} {job.spec.name} dropped: {job.dead}")
+            ctx.store.put_json("verdict", job.key, {"dead": job.dead})
             return job.dead
         tensors = {k: v.detach().cpu().contiguous() for k, v in job.module.state_dict().items()}
         ctx.store.put_tensors("weights", job.key, {k: v.numpy() for k, v in tensors.items()})
@@ -96,10 +102,7 @@ class Distill:
     def _jobs(state: State, ctx: Context, data: Dataset, todo: Sequence[Keyed]) -> tuple[list[Job], list[Job]]:
         """What is to be trained, built; and what has nothing to train."""
         assert state.network is not None and state.match is not None and state.costs is not None
-        costs: dict[tuple[str, str], float] = {}
-        for row in state.costs.rows:
-            at = (row.region, row.candidate)
-            costs[at] = min(row.latency_ms, costs.get(at, math.inf))
+        costs = least_costs(state)
         regions = {p.region: state.match.region(p.region) for p, _ in todo if p.spec.family in DERIVED}
         samples = gather(state.network, list(regions.values()), data)
         jobs: list[Job] = []
@@ -120,6 +123,16 @@ class Distill:
 
 def _outdone_by(rival: str) -> str:
     return f"{rival} costs no more and was clearly nearer to the teacher when both had trained a little"
+
+
+def least_costs(state: State) -> dict[tuple[str, str], float]:
+    """Latency of each (region, candidate) in its cheapest precision, in milliseconds."""
+    assert state.costs is not None
+    costs: dict[tuple[str, str], float] = {}
+    for row in state.costs.rows:
+        at = (row.region, row.candidate)
+        costs[at] = min(row.latency_ms, costs.get(at, math.inf))
+    return costs
 
 
 def wanted_ms(costs: CostTable, ctx: Context) -> float:

@@ -48,7 +48,7 @@ _ROUND_FROM = 0.8  # share of the steps after which INT8 regions round in traini
 _CHECKS = 16  # evaluations on the search split, at most
 _CHECK_SHARE = 12.0  # and training lasts this many times as long as evaluating
 _RECIPE = {
-    "version": 4,
+    "version": 5,
     "rate": _RATE,
     "mix": _MIX,
     "old": _OLD_RATE,
@@ -137,7 +137,7 @@ def tune(
     average = _Average(student)
     history: list[Mapping[str, float]] = []
     box = TimeBox(seconds, steps, begun=_resume(student, average, history, checkpoint))
-    best = (math.inf, copy.deepcopy(student.state_dict()))
+    best = _best_before(checkpoint) or (math.inf, copy.deepcopy(student.state_dict()))
     generator = torch.Generator().manual_seed(ctx.config.seed)
     judge = Judge(network, data.search, kind, limit=min(1000, 2 * ctx.effort.score_images), blend=True)
     with ctx.reporter.bar("fine-tuning", 1.0) as bar:
@@ -174,8 +174,9 @@ def tune(
             if not more:
                 break
             if checkpoint.due():
-                states = {"own": student.state_dict(), "average": average.shadow}
-                checkpoint.save(prefixed(states), box.progress, {"history": history, "count": average.count})
+                states = {"own": student.state_dict(), "average": average.shadow, "best": best[1]}
+                facts = {"history": history, "count": average.count, "best": best[0]}
+                checkpoint.save(prefixed(states), box.progress, facts)
     student.load_state_dict(best[1])
     student.eval()
     return history
@@ -192,6 +193,12 @@ def _resume(
     average.shadow, average.count = part_of(saved.tensors, "average"), int(saved.extra["count"])
     history += saved.extra["history"]
     return saved.progress
+
+
+def _best_before(checkpoint: Checkpoint) -> tuple[float, dict[str, Tensor]] | None:
+    """The best state of an interrupted run, with its loss."""
+    saved = checkpoint.load()
+    return (float(saved.extra["best"]), part_of(saved.tensors, "best")) if saved is not None else None
 
 
 def _optimizer(student: fx.GraphModule, held: Sequence[str]) -> torch.optim.Optimizer:

@@ -16,12 +16,13 @@ _MAX_MACS = 1.5  # a candidate with more multiplications than this, relative to 
 
 
 def spread(proposals: Sequence[Proposal], n: int) -> list[Proposal]:
-    """`n` of the proposals, evenly spaced in log MACs from the cheapest to the dearest."""
+    """`n` of the proposals: the middles of n equal parts of the range of log MACs, so that few of them are neither
+    too weak nor too slow."""
     ordered = sorted(proposals, key=lambda p: (p.macs, p.spec.name))
     if len(ordered) <= n:
         return ordered
     logs = [math.log(max(p.macs, 1)) for p in ordered]
-    wanted = [logs[0] + (logs[-1] - logs[0]) * i / max(1, n - 1) for i in range(n)]
+    wanted = [logs[0] + (logs[-1] - logs[0]) * (i + 0.5) / n for i in range(n)]
     chosen: dict[int, None] = {}
     for target in wanted:
         free = [i for i in range(len(ordered)) if i not in chosen]

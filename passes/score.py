@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +20,12 @@ from hantc.dialect.graph import subgraph, with_taps
 from hantc.passes.distill import weights_key
 from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, output_kind
 from hantc.passes.plug import origin_for, teacher_part, trained
-from hantc.passes.state import Context, Proposal, State
+from hantc.passes.state import Context, Proposal, State, WeightMap
 
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
 _BATCH = 100
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Score:
 
     @staticmethod
     def _key(state: State, ctx: Context, region: Region, proposal: Proposal | None, precision: str) -> str:
-        assert ctx.data is not None
+        assert ctx.data is not None and state.weights is not None
         base = {
             "version": _VERSION,
             "precision": precision,
@@ -111,7 +112,9 @@ class Score:
             "reduce": precision == "int8" and ctx.capabilities.reduce_range,
         }
         if proposal is not None:
-            return digest({**base, "weights": weights_key(state, ctx, proposal)})
+            # their content too: weights that were lost and trained anew are others
+            content = _content(state.weights[region.name, proposal.spec.name])
+            return digest({**base, "weights": weights_key(state, ctx, proposal), "content": content})
         return digest(
             {**base, "teacher": state.model_hash, "region": [region.input, region.output], "data": ctx.data.fingerprint}
         )
@@ -195,6 +198,15 @@ class Score:
             mse if math.isfinite(mse) else 1e9,
             dropped,
         )
+
+
+def _content(weights: WeightMap) -> str:
+    """Digest of trained tensors."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        found.update(name.encode())
+        found.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _loss(kind: OutputKind, s: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

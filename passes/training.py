@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from hantc.core.store import Store
 from hantc.core.types import CandidateSpec, Region, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
@@ -31,8 +32,8 @@ from hantc.passes.state import Context
 
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 RECIPE = {"version": 4, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
-_POSITIONS = 1 << 17  # of a region's activations that a candidate is derived from
-_SAMPLES = 256  # images for the same, at most
+_VALUES = 1 << 23  # of a region's activations that a candidate is derived from
+_SAMPLES = (32, 256)  # images for the same, at least and at most
 
 
 @dataclass
@@ -62,21 +63,25 @@ def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) ->
     taps = sorted({r.input for r in regions})
     if not taps:
         return {}
-    largest: dict[str, int] = {}
-    for r in regions:
-        largest[r.input] = max(largest.get(r.input, 1), math.prod(r.in_shape[1:]))
+    least, most = _SAMPLES
+    size = {r.input: math.prod(r.in_shape) for r in regions}
     tapped = with_taps(network, taps)
     found: dict[str, list[Tensor]] = {t: [] for t in taps}
-    n = min(_SAMPLES, len(data.train))
-    for i in range(0, n, 64):
-        x, _ = data.train.batch(list(range(i, min(n, i + 64))))
+    n = min(most, len(data.train))
+    for i in range(0, n, least):
+        x, _ = data.train.batch(list(range(i, min(n, i + least))))
         for tap, value in _activations(tapped, taps, x).items():
-            if i * largest[tap] < _POSITIONS:
+            if i * size[tap] < _VALUES:
                 found[tap].append(value)
-    return {t: torch.cat(v) for t, v in found.items()}
+    return {tap: torch.cat(found.pop(tap)) for tap in taps}
 
 
-def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Dataset) -> None:
+def checkpoint_of(store: Store, jobs: Sequence[Job]) -> Checkpoint:
+    """Where these jobs' common training is kept while it is under way."""
+    return Checkpoint(store, digest(sorted(j.key for j in jobs)))
+
+
+def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Dataset, checkpoint: Checkpoint) -> None:
     """Train all jobs side by side on the teacher's activations (phase 1 of the paper, §3.2): relative squared
     error, Adam, cosine; as many steps as the time share allows."""
     taps = sorted({j.region.input for j in jobs} | {j.region.output for j in jobs})
@@ -90,7 +95,6 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
     rates = sorted({j.rate for j in jobs})
     groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups if params])
-    checkpoint = Checkpoint(ctx.store, digest(sorted(j.key for j in jobs)))
     box = TimeBox(min(seconds, 0.6 * ctx.clock.remaining()), steps, begun=_resume(jobs, checkpoint))
     rungs = [r for r in RUNGS if r[0] > box.begun]
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
@@ -117,7 +121,6 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
                 break
             if checkpoint.due():
                 _save(jobs, checkpoint, box.progress)
-    checkpoint.clear()
     for j in jobs:
         j.module.eval()
         ctx.reporter.event("distilled", region=j.region.name, candidate=j.spec.name, mse=j.loss, images=j.seen)

@@ -25,6 +25,7 @@ from hantc.passes.assemble import calibration_feeds
 from hantc.passes.state import Context, State
 
 _VERSION = 3
+_RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
 
 
@@ -99,7 +100,14 @@ class Verify:
         artefacts = [ctx.backend.build(m, spec) for m in networks]
         protocol = Protocol(ctx.threads, ctx.config.batch, warmup=5, samples=41, min_sample_ms=15.0)
         with ctx.reporter.bar("measuring teacher, student and INT8 baseline", 1.0):
-            return ctx.backend.measure(artefacts, protocol)
+            timings = ctx.backend.measure(artefacts, protocol)
+        spread = max(t.iqr_ms / max(t.median_ms, 1e-9) for t in timings)
+        if spread > _RESTLESS:
+            ctx.note(
+                f"the machine was restless while the files were timed (quartiles {100 * spread:.0f} % apart): "
+                "latencies are less certain; `hantc verify` measures again"
+            )
+        return timings
 
     def _facts(
         self,

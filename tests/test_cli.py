@@ -247,3 +247,13 @@ def test_mistyped_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_option_of_the_design_is_known() -> None:
     assert {o for a in compile_parser()._actions for o in a.option_strings} >= OPTIONS
+
+
+def test_the_store_is_kept_within_its_limit(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    argv = (str(tiny.model), "--target", "xeon", "--store", str(store), "--out", str(tmp_path / "run"))
+    assert cli(*argv, "--store-limit", "nonsense").code == 2
+    assert cli(*argv).code in (0, 1)
+    assert [p for p in store.rglob("*") if p.is_file()]
+    assert cli(*argv, "--store-limit", "0").code in (0, 1)
+    assert not [p for p in store.rglob("*") if p.is_file()]

@@ -51,6 +51,17 @@ def parse_duration(text: str) -> float:
     return h * 3600 + mi * 60 + s
 
 
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str, option: str) -> int:
+    """`500M`, `2G`, `1.5 GiB` or plain bytes → bytes. UsageError otherwise."""
+    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not m:
+        raise UsageError(f"{option} {text!r} is not a size", hint="write 500M or 2G")
+    return int(float(m.group(1)) * _UNITS[m.group(2).upper()])
+
+
 def parse_drop(text: str) -> float:
     """`0.5%` or `0.5` → 0.5 points of accuracy. UsageError otherwise."""
     m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%?\s*", text)
@@ -79,6 +90,7 @@ class CompileConfig(BaseModel):
     lut: Path | None = None
     out: Path
     store: Path
+    store_limit: int = Field(default=10 << 30, ge=0)  # bytes; what was unused longest goes when a run has ended
     resume: bool = False
     seed: int = 0
 
@@ -109,6 +121,6 @@ class EffortSettings:
 
 EFFORTS: dict[str, EffortSettings] = {
     "quick": EffortSettings(420, 2, 1, 14, 0.15, 12, 6, 0.40, 60, 300, 60, 0.06),
-    "standard": EffortSettings(1400, 2, 1, 22, 0.15, 20, 10, 0.45, 120, 400, 120, 0.05),
+    "standard": EffortSettings(1380, 2, 1, 22, 0.15, 20, 10, 0.45, 120, 400, 120, 0.05),
     "thorough": EffortSettings(9000, 4, 3, 60, 0.20, 40, 30, 0.45, 200, 1500, 400, 0.04),
 }

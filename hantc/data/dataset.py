@@ -19,13 +19,14 @@ from hantc.data.augment import Augment
 from hantc.data.folders import FolderSource, scan_folder, split_roots
 from hantc.data.preprocess import Preprocess
 from hantc.data.sources import Loaded, Rows, Source
-from hantc.data.splits import VAL_SHARE, complement, draw, not_in, search_size
+from hantc.data.splits import VAL_SHARE, complement, draw, mingle, not_in, search_size
 
 __all__ = ["Augment", "Dataset", "Split", "load_dataset"]
 
 # Decoded images of one pool may take this much memory; larger sets are sampled down, with a note.
 MAX_POOL_BYTES = 6 << 30
 _SEED_VAL, _SEED_SEARCH, _SEED_LIMIT = 1, 2, 3
+_ORDER = 2  # of the images in a split; what was trained and scored on another order is not reused
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +170,7 @@ def load_dataset(
         "preprocess": preprocess.model_dump(mode="json"),
         "seed": seed,
         "limit": limit,
+        "order": _ORDER,
     }
     return Dataset(
         train=train,
@@ -302,8 +304,9 @@ def _split_train(
         )
     y = _take(source.y, loaded)
     everything = Split(loaded.images, np.arange(len(loaded.rows)), y, preprocess).subset(apart)
-    chosen = draw(len(apart), search_size(len(apart)), everything.y, np.random.default_rng((seed, _SEED_SEARCH)))
-    return everything.subset(complement(len(apart), chosen)), everything.subset(chosen)
+    order = mingle(len(apart), everything.y, np.random.default_rng((seed, _SEED_SEARCH)))
+    size = search_size(len(apart))
+    return everything.subset(order[size:]), everything.subset(order[:size])
 
 
 def _count_classes(*sources: Source) -> int | None:

@@ -21,10 +21,11 @@ def search_size(n: int) -> int:
     return min(max(min(SEARCH_MAX, round(SEARCH_SHARE * n)), SEARCH_MIN), n // 2)
 
 
-def draw(n: int, count: int, y: NDArray[np.int64] | None, rng: np.random.Generator) -> Rows:
-    """`count` of the rows 0…n-1 at random, sorted; with labels `y`, every class in proportion."""
+def mingle(n: int, y: NDArray[np.int64] | None, rng: np.random.Generator) -> Rows:
+    """The rows 0…n-1 at random; with labels `y`, in an order whose every beginning (and end) has all classes in
+    proportion, so that whoever takes the first images of a split takes of all classes."""
     if y is None:
-        return np.sort(rng.permutation(n)[:count]).astype(np.int64)
+        return rng.permutation(n).astype(np.int64)
     # A row's key is its relative position in its own shuffled class, so the smallest keys take from all
     # classes alike; the second random order settles ties without favouring a class.
     order = rng.permutation(n)
@@ -33,7 +34,12 @@ def draw(n: int, count: int, y: NDArray[np.int64] | None, rng: np.random.Generat
     key = np.empty(n)
     key[by_class] = (np.arange(n) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)
     tie = rng.permutation(n)
-    return np.sort(np.lexsort((tie, key))[:count]).astype(np.int64)
+    return np.lexsort((tie, key)).astype(np.int64)
+
+
+def draw(n: int, count: int, y: NDArray[np.int64] | None, rng: np.random.Generator) -> Rows:
+    """`count` of the rows 0…n-1 at random, sorted; with labels `y`, every class in proportion."""
+    return np.sort(mingle(n, y, rng)[:count])
 
 
 def complement(n: int, rows: Rows) -> Rows:

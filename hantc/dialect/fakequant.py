@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Binary
-from hantc.dialect.linear import Linear
+from hantc.dialect.linear import Linear, MatMul
 
 
 def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
@@ -66,9 +66,9 @@ class QuantizedProduct(nn.Module):
 
 
 class QuantizedBinary(nn.Module):
-    """An addition with both operands rounded (the residual sum stays in INT8)."""
+    """An addition (the residual sum stays in INT8) or a product of two activations, both operands rounded."""
 
-    def __init__(self, leaf: Binary) -> None:
+    def __init__(self, leaf: Binary | MatMul) -> None:
         super().__init__()
         self.leaf = leaf
         self.a, self.b = ActivationQuant(), ActivationQuant()
@@ -91,7 +91,9 @@ def fake_quantize(module: fx.GraphModule, *, reduce_range: bool, share: bool = F
         wrapped: nn.Module | None = None
         if isinstance(leaf, (Conv, Linear)):
             wrapped = QuantizedProduct(leaf, bits)
-        elif isinstance(leaf, Binary) and leaf.op == "Add" and len(node.all_input_nodes) == 2:
+        elif len(node.all_input_nodes) == 2 and (
+            isinstance(leaf, MatMul) or (isinstance(leaf, Binary) and leaf.op == "Add")
+        ):
             wrapped = QuantizedBinary(leaf)
         if wrapped is not None:
             owner, _, name = str(node.target).rpartition(".")

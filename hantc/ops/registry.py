@@ -19,6 +19,7 @@ from hantc.ops.cb_bottle import CBBottle
 from hantc.ops.cb_res import CBRes
 from hantc.ops.cb_stack import CBStack
 from hantc.ops.conv_cs import ConvCS
+from hantc.ops.dense_conv import DenseConv
 from hantc.ops.derived import DerivedFamily, Origin
 from hantc.ops.efn import EFN
 from hantc.ops.efnv2 import EFNV2
@@ -29,6 +30,7 @@ from hantc.ops.low_rank import LowRank
 from hantc.ops.merged import Merged
 from hantc.ops.repvgg import RepVGG
 from hantc.ops.slim import Slim
+from hantc.ops.tresnet import TResNet
 from hantc.ops.vit import ViT
 
 __all__ = ["DERIVED", "FAMILIES", "GROUP", "Family", "Origin", "build", "estimate", "families", "get_family", "propose"]
@@ -44,6 +46,8 @@ _BUILTIN: tuple[Family, ...] = (
     RepVGG(),
     EFN(),
     EFNV2(),
+    TResNet(),
+    DenseConv(),
     ViT(),
     BotTrans(),
     LambdaLayer(),

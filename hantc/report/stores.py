@@ -18,7 +18,7 @@ KINDS = {
     "network": "latencies of whole networks",
     "border": "costs of quantising at borders",
     "weights": "trained candidates",
-    "outdone": "candidates that a rival made pointless",
+    "verdict": "candidates found pointless or broken in training",
     "score": "scores of candidates",
     "plan": "selections",
     "finetuned": "fine-tuned students",
@@ -26,15 +26,6 @@ KINDS = {
     "verify": "figures of finished files",
     "partial": "training in progress",
 }
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str) -> int:
-    """`500M`, `2G`, `1.5 GiB` or bytes → bytes. UsageError otherwise."""
-    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if not m:
-        raise UsageError(f"--max-size {text!r} is not a size", hint="write 500M or 2G")
-    return int(float(m.group(1)) * _UNITS[m.group(2).upper()])
 
 
 def parse_age(text: str) -> float:

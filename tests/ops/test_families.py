@@ -35,11 +35,14 @@ SPECS = (
     CandidateSpec.make("efn", e=3, k=5, se=0.25),
     CandidateSpec.make("efnv2", e=1, k=1, se=0.04),
     CandidateSpec.make("efnv2", e=3, k=3, se=0.25),
+    CandidateSpec.make("tresnet", block="basic", w=0.5, se=0.25),
+    CandidateSpec.make("tresnet", block="bottle", w=1.0, se=0.0),
+    CandidateSpec.make("dense_conv", k=3, w=1.0),
     CandidateSpec.make("vit", depth=2, dim=32, heads=4),
     CandidateSpec.make("bot_trans", e=0.5),
     CandidateSpec.make("lambda", e=1.0),
 )
-BRANCHED = {"repvgg", "vit", "bot_trans"}  # with sums of their own
+BRANCHED = {"repvgg", "vit", "bot_trans", "dense_conv"}  # with sums of their own, or none at all
 SIGNATURES = (
     Signature((8, 8, 8), (8, 8, 8), "relu"),
     Signature((8, 8, 8), (16, 4, 4), "silu"),
@@ -50,6 +53,7 @@ SIGNATURES = (
     Signature((3, 9, 9), (8, 4, 4), "relu"),
     Signature((8, 12, 12), (8, 3, 3)),
     Signature((8, 14, 14), (8, 10, 10)),  # an unpadded 5×5 convolution
+    Signature((8, 9, 7), (20, 9, 7), "relu"),
 )
 PAIRS = [
     pytest.param(spec, signature, id=f"{spec.name}-{signature.in_shape}-{signature.out_shape}")
@@ -69,7 +73,8 @@ def _built(spec: CandidateSpec, signature: Signature) -> torch.fx.GraphModule:
 
 
 def test_most_pairs_fit() -> None:
-    assert len(PAIRS) >= 0.8 * len(SPECS) * len(SIGNATURES)
+    everywhere = [s for s in SPECS if s.family != "dense_conv"]
+    assert len(PAIRS) >= 0.8 * len(everywhere) * len(SIGNATURES)
 
 
 @pytest.mark.parametrize(("spec", "signature"), PAIRS)
@@ -116,14 +121,15 @@ def test_formula_equals_counting_for_every_spec(signature: Signature) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 @pytest.mark.parametrize("final", ["relu", "relu6", "sigmoid"])
 def test_final_activation(spec: CandidateSpec, final: str) -> None:
-    signature = Signature((8, 16, 16), (8, 16, 16), final)
+    grown = 24 if spec.family == "dense_conv" else 8
+    signature = Signature((8, 16, 16), (grown, 16, 16), final)
     y = _built(spec, signature)(10 * torch.randn(2, 8, 16, 16))
     if spec.family == "identity" and final == "sigmoid":
         assert y.min() < -1  # applying it twice would not be the identity
         return
     assert y.min() >= 0
     assert y.max() <= {"relu": float("inf"), "relu6": 6, "sigmoid": 1}[final]
-    plain = _built(spec, Signature((8, 16, 16), (8, 16, 16)))(10 * torch.randn(2, 8, 16, 16))
+    plain = _built(spec, Signature((8, 16, 16), (grown, 16, 16)))(10 * torch.randn(2, 8, 16, 16))
     assert plain.min() < 0
 
 
@@ -161,6 +167,22 @@ def test_repvgg_is_two_convolutions_when_deployed(signature: Signature, k: int) 
 def test_repvgg_wants_branches_that_look_at_the_same_pixel() -> None:
     signature = Signature((8, 14, 14), (8, 10, 10))  # an unpadded 5×5 convolution
     assert "branch" in FAMILIES["repvgg"].reject(CandidateSpec.make("repvgg", k=5, w=1.0), signature)
+
+
+def test_tresnet_blurs_before_it_skips_pixels() -> None:
+    module = registry.build(
+        CandidateSpec.make("tresnet", block="basic", w=1.0, se=0.0), Signature((8, 8, 8), (8, 4, 4))
+    )
+    strided = [m for m in module.modules() if isinstance(m, Conv) and max(m.stride) > 1]
+    assert len(strided) == 1 and strided[0].groups == 8
+    kernel = strided[0].weight[0, 0]
+    assert kernel.sum().item() == pytest.approx(1.0) and kernel[1, 1].item() == pytest.approx(0.25)
+
+
+def test_dense_conv_keeps_its_input() -> None:
+    module = _built(CandidateSpec.make("dense_conv", k=3, w=1.0), Signature((8, 6, 6), (20, 6, 6)))
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(module(x)[:, :8], x)
 
 
 def test_cb_stack_structure() -> None:

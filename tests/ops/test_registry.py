@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import types
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +22,7 @@ from hantc.ops.registry import FAMILIES, Family
 
 WIDE = Signature((256, 14, 14), (256, 14, 14), "relu")
 GRID_SIZES = {"identity": 1, "cb_stack": 40, "cb_bottle": 40, "cb_res": 40, "conv_cs": 40, "repvgg": 40}
-GRID_SIZES |= {"efn": 27, "efnv2": 27, "vit": 36, "bot_trans": 6, "lambda": 6}
+GRID_SIZES |= {"efn": 27, "efnv2": 27, "tresnet": 12, "dense_conv": 9, "vit": 36, "bot_trans": 6, "lambda": 6}
 
 
 class Pointwise(Family):
@@ -72,8 +74,9 @@ def _install(monkeypatch: pytest.MonkeyPatch, *attributes: str) -> None:
 
 def test_grid_sizes() -> None:
     assert {name: len(f.grid()) for name, f in FAMILIES.items()} == GRID_SIZES
-    assert {name: len(f.specs(WIDE)) for name, f in FAMILIES.items()} == GRID_SIZES
-    assert len(registry.propose(WIDE)) == sum(GRID_SIZES.values()) == 303
+    fitting = {name: len(f.specs(WIDE)) for name, f in FAMILIES.items()}
+    assert fitting == {**GRID_SIZES, "dense_conv": 0}, "which adds channels"
+    assert len(registry.propose(WIDE)) == sum(fitting.values()) == 315
 
 
 def test_names_are_unique() -> None:
@@ -181,3 +184,18 @@ def test_a_family_that_builds_the_wrong_shape_is_named(monkeypatch: pytest.Monke
     _install(monkeypatch, "Liar")
     with pytest.raises(HantcError, match=r"liar_g1: makes \(7, 5, 5\) instead of \(6, 5, 5\)"):
         registry.build(CandidateSpec.make("liar", g=1), Signature((4, 5, 5), (6, 5, 5)))
+
+
+def test_the_example_of_the_docs_is_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded as a third party's package would be, it is proposed, built and counted like any other."""
+    path = Path(__file__).resolve().parents[2] / "docs" / "examples" / "separable.py"
+    module = types.ModuleType("my_package_separable")
+    exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    point = EntryPoint("separable", f"{module.__name__}:Separable", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    for signature in (WIDE, Signature((16, 9, 9), (24, 5, 5))):
+        specs = [s for s in registry.propose(signature) if s.family == "separable"]
+        assert [s.name for s in specs] == ["separable_k3", "separable_k5", "separable_k7"]
+        built = registry.build(specs[0], signature)
+        assert registry.estimate(specs[0], signature) == (module_macs(built, signature.in_shape), count_params(built))

@@ -1,8 +1,8 @@
 """What candidates made from the teacher are worth: the paper's pool against the mixed one, with equal compute.
 
-    python tools/bench/pool_quality.py MODEL DATA [SECONDS] [--plot FILE.png]
+    python tools/bench/pool_quality.py [MODEL DATA] [--seconds 120] [--plot FILE.png]
 
-Both pools are distilled for SECONDS (default 120) on the same activations, from the same latency table, and
+By default with the demo's teacher. Both pools are distilled for so many seconds on the same activations, from the same latency table, and
 scored alike. Each region then has two fronts: the least score within each latency. The mixed pool dominates a
 region if its front lies nowhere above the other's. Prints one row a region, and the share.
 """
@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from whole_road import demo
 
 from hantc.core.progress import Reporter
 from hantc.core.store import Store
@@ -88,11 +90,13 @@ def plot(path: str, names: Sequence[str], paper: dict[str, Front], mixed: dict[s
 def main(argv: Sequence[str]) -> int:
     """Print the table; exit code 1 if the mixed pool dominates in less than four regions of five."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    p.add_argument("model")
-    p.add_argument("data")
-    p.add_argument("seconds", nargs="?", type=float, default=120.0)
+    p.add_argument("model", nargs="?")
+    p.add_argument("data", nargs="?")
+    p.add_argument("--seconds", type=float, default=120.0)
     p.add_argument("--plot")
     args = p.parse_args(argv)
+    if args.data is None:
+        args.model, args.data, *_ = demo()
     reporter: Reporter = RichReporter()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
