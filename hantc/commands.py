@@ -221,17 +221,15 @@ def cmd_store(argv: Sequence[str]) -> int:
     from hantc.report.stores import parse_age, store_data, store_table
 
     store = Store(Path(args.store or os.environ.get("HANTC_STORE") or default_store()))
-    limits = {
-        "max_bytes": parse_size(args.max_size, "--max-size") if args.max_size else None,
-        "max_age_s": parse_age(args.unused_for) if args.unused_for else None,
-    }
+    size = parse_size(args.max_size, "--max-size") if args.max_size else None
+    age = parse_age(args.unused_for) if args.unused_for else None
     if args.action == "ls":
         data = store_data(store)
         return show(args, lambda: data, lambda: store_table(data, str(store.root)))
-    if all(limit is None for limit in limits.values()):
+    if size is None and age is None:
         hint = "--max-size 2G or --unused-for 30d"
         raise UsageError("gc needs to know what to keep", where="hantc store gc", hint=hint)
-    removed = store_data(store, store.gc(**limits, dry_run=args.dry_run))
+    removed = store_data(store, store.gc(max_bytes=size, max_age_s=age, dry_run=args.dry_run))
     return show(args, lambda: removed, lambda: store_table(removed, "would go" if args.dry_run else "removed"))
 
 

@@ -269,7 +269,7 @@ class Cost:
         seen: dict[str, tuple[ModelProto, ModelProto | None]],
     ) -> list[_Work]:
         spec, size = proposal.spec, (proposal.macs, proposal.params)
-        what = {"signature": asdict(Signature.of(region)), "spec": asdict(spec)}
+        what: dict[str, object] = {"signature": asdict(Signature.of(region)), "spec": asdict(spec)}
         if origin is not None:
             what["origin"] = [structure(origin.whole), *map(structure, origin.blocks)]
         key = {p: meter.key(**what, precision=p) for p in ctx.precisions}

@@ -62,18 +62,29 @@ def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def calibrate_norm(candidate: nn.Module, target: Tensor, source: Tensor) -> None:
-    """Start a candidate's last norm at the mean and spread of what it must produce.
+    """Start a candidate's last norms at the mean and spread of what they must produce together.
 
     Without it, a region whose output is large (EfficientNet's last block) starts tens of variances off.
     """
-    norms = [m for m in candidate.modules() if isinstance(m, BatchNorm)]
-    if not norms or target.dim() < 2 or norms[-1].weight.numel() != target.shape[1]:
+    norms = _last_norms(candidate)
+    if not norms or target.dim() < 2 or any(n.weight.numel() != target.shape[1] for n in norms):
         return
     residual = target - source if target.shape == source.shape else target
     dims = [d for d in range(residual.dim()) if d != 1]
     with torch.no_grad():
-        norms[-1].weight.copy_(residual.std(dims).clamp_min(1e-4))
-        norms[-1].bias.copy_(residual.mean(dims))
+        for norm in norms:
+            norm.weight.copy_(residual.std(dims).clamp_min(1e-4) / math.sqrt(len(norms)))
+            norm.bias.copy_(residual.mean(dims) / len(norms))
+
+
+def _last_norms(candidate: nn.Module) -> list[BatchNorm]:
+    """The norms of the candidate's last layer: several where it is a sum of branches."""
+    named = [(name, m) for name, m in candidate.named_modules() if isinstance(m, BatchNorm)]
+    if not named:
+        return []
+    layer = ".".join(named[-1][0].split(".")[:2])  # body.<layer>, as families build it
+    same = [m for name, m in named if name.startswith(f"{layer}.")] if layer.startswith("body.") else []
+    return same if same and same[-1] is named[-1][1] else [named[-1][1]]
 
 
 def augmentation(network: fx.GraphModule, data: Dataset, kind: OutputKind, batch: int = 250) -> Augment:
@@ -102,8 +113,11 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def fast_module(module: _M) -> _M:
-    """The module itself, its weights channels-last to go with `fast_layout`."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    """The module itself, its weights channels-last to go with `fast_layout`; values of other ranks stay."""
+    for value in (*module.parameters(), *module.buffers()):
+        if value.dim() == 4:
+            value.data = value.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def fast_layout(x: Tensor) -> Tensor:

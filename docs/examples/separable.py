@@ -4,6 +4,8 @@
 separable = "my_package.separable:Separable"
 """
 
+from types import MappingProxyType
+
 from hantc.ops.layers import Frame, LayeredFamily
 
 
@@ -12,7 +14,7 @@ class Separable(LayeredFamily):
 
     name = "separable"
     source = "MobileNet, arXiv 1704.04861"
-    params = {"k": (3, 5, 7)}  # the grid that is proposed
+    params = MappingProxyType({"k": (3, 5, 7)})  # the grid that is proposed
 
     def plan(self, spec, signature):
         k, f = self.values(spec)["k"], Frame(signature)

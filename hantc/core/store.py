@@ -2,7 +2,8 @@
 
 `root/<kind>/<first two digits>/<key><suffix>`: one file per entry, sharded so that folders stay small.
 Every write is atomic (see `hantc.core.atomic`), so a process killed at any time leaves every entry readable,
-and two processes that write the same key both write the same content. Entries are never updated in place.
+and two processes that write the same key both write the same content. Entries are replaced whole, and only
+training in progress (`partial`) is replaced by anything else.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 
 _KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _KEY = re.compile(r"[0-9a-f]{4,128}")
+_SUFFIXES = frozenset({".json", ".safetensors", ".bin"})
 _STALE_S = 24 * 3600.0  # a temporary file this old belongs to a process that died
 
 
@@ -150,6 +152,8 @@ class Store:
                 if path.suffix == TMP_SUFFIX and time.time() - stat.st_mtime > _STALE_S:
                     path.unlink(missing_ok=True)
                 continue
+            if not self._is_entry(path):
+                continue  # somebody's own file: none of ours to list or to remove
             entries.append(
                 Entry(path.parent.parent.name, path.stem, path.suffix.lstrip("."), stat.st_size, stat.st_mtime)
             )
@@ -180,6 +184,15 @@ class Store:
             path.unlink(missing_ok=True)
         except OSError as e:
             raise UsageError(f"the store's entry cannot be removed: {e.strerror or e}", where=str(path)) from e
+
+    def _is_entry(self, path: Path) -> bool:
+        parts = path.relative_to(self.root).parts
+        return (
+            len(parts) == 3
+            and bool(_KIND.fullmatch(parts[0]) and _KEY.fullmatch(path.stem))
+            and parts[1] == path.stem[:2]
+            and path.suffix in _SUFFIXES
+        )
 
     def size_bytes(self) -> int:
         """Bytes that all entries take."""

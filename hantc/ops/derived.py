@@ -65,8 +65,9 @@ class DerivedFamily(Family):
             raise HantcError(f"cannot be derived from the teacher: {reason}", where=f"candidate {spec.name}")
         with torch.no_grad():
             made = canonical(self.derive(spec, origin))
-            for _, conv in leaves(made, lambda leaf: isinstance(leaf, Conv) and leaf.bias is None):
-                conv.bias = nn.Parameter(torch.zeros(conv.weight.shape[0]))  # fits and training may need one
+            for conv in made.modules():
+                if isinstance(conv, Conv) and conv.bias is None:  # fits and training may need one
+                    conv.bias = nn.Parameter(torch.zeros(conv.weight.shape[0]))
         made.meta["info"] = standalone_info(signature.in_shape, signature.out_shape, opset=_MIN_OPSET)
         made.eval()
         return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 
 import torch
@@ -9,6 +10,7 @@ from torch import fx, nn
 
 from hantc.core.types import CandidateSpec
 from hantc.dialect.conv import Conv
+from hantc.dialect.graph import shapes_of
 from hantc.ops.derived import DerivedFamily, Origin, editable, leaves
 from hantc.ops.geometry import round_width
 from hantc.ops.refit import activations, refit
@@ -48,13 +50,18 @@ class LowRank(DerivedFamily):
 
 
 def _thick(block: fx.GraphModule, rank: float) -> list[tuple[fx.Node, Conv]]:
-    """Convolutions that cost less as two of the given rank, not counting what reads a single pixel."""
+    """Convolutions that cost less as two of the given rank; those on single pixels (gates) cost next to nothing."""
     found = []
+    shapes = shapes_of(block, [torch.zeros(1, *block.meta["info"].inputs[0].shape[1:])])
     for node, leaf in leaves(block, lambda m: isinstance(m, Conv) and m.groups == 1 and len(m.kernel) == 2):
         assert isinstance(leaf, Conv)
         c_out, c_in = leaf.weight.shape[:2]
         area, r = leaf.kernel[0] * leaf.kernel[1], _rank(leaf, rank)
-        if min(c_in, c_out) > r and r * (c_in * area + c_out) < c_in * c_out * area:
+        if (
+            math.prod(shapes[node.name][2:]) > 1
+            and min(c_in, c_out) > r
+            and r * (c_in * area + c_out) < c_in * c_out * area
+        ):
             found.append((node, leaf))
     return found
 

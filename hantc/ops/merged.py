@@ -50,7 +50,7 @@ class Merged(DerivedFamily):
 
 
 def _unchanged(p: Mapping[str, Any]) -> bool:
-    return p["keep"] == 1 and p["act"] == "same" and p["se"] == "same"
+    return (float(p["keep"]), str(p["act"]), str(p["se"])) == (1.0, "same", "same")
 
 
 def _fitting(origin: Origin) -> list[fx.GraphModule]:

@@ -39,7 +39,7 @@ class Slim(DerivedFamily):
 
     def grid(self) -> list[CandidateSpec]:
         """Not every combination: what hardly saves time keeps its channels."""
-        styles = [((), KEPT), (("se",), (1.0, 0.5)), (("relu",), (1.0, 0.5)), (("relu", "se"), KEPT)]
+        styles = [((), KEPT[1:]), (("se",), (1.0, 0.5)), (("relu",), (1.0, 0.5)), (("relu", "se"), KEPT)]
         styles += [(("hardswish", "se"), (1.0, 0.5))]
         return [spec_of(self.name, keep, *style) for style, kept in styles for keep in kept]
 
@@ -71,11 +71,19 @@ def unsuited(p: Mapping[str, Any], block: fx.GraphModule) -> str:
         return f"se={p['se']} is neither same nor mean"
     if p["se"] == "mean" and not gates(block):
         return "no squeeze-and-excite gate"
-    if keep < 1 and not [g for g in _groups(block) if _kept(g, keep) < g.channels]:
+    if keep < 1 and not _prunable(block, keep, gated=p["se"] == "same"):
         return "no channels inside that could be left out"
     if keep == 1 and p["act"] == "same" and p["se"] == "same":
         return "the teacher itself"
     return ""
+
+
+def _prunable(block: fx.GraphModule, keep: float, *, gated: bool) -> bool:
+    """Whether some channels would go, with the gates or once they are folded."""
+    if not gated:
+        block = editable(block)
+        fold_gates(block, {})
+    return any(_kept(g, keep) < g.channels for g in _groups(block))
 
 
 def slimmed(p: Mapping[str, Any], block: fx.GraphModule, samples: Tensor | None) -> fx.GraphModule:

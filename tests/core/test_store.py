@@ -204,3 +204,14 @@ def test_reading_counts_as_use(tmp_path: Path) -> None:
 
 def test_removing_what_is_not_there(tmp_path: Path) -> None:
     Store(tmp_path).remove("weights", "aaaa", ".bin")
+
+
+def test_other_files_are_none_of_its_business(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put_json("cost", "abcd", 1)
+    others = [tmp_path / "README.md", tmp_path / "cost" / "note.json", tmp_path / "cost" / "zz" / "abcd.json"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert [e.key for e in store.gc(max_bytes=0)] == ["abcd"]
+    assert all(path.read_text() == "mine" for path in others)

@@ -56,6 +56,14 @@ def test_splits_are_disjoint_whole_and_stratified(tmp_path: Path) -> None:
         assert s.y is not None and all(table[s.images[r].tobytes()] == k for r, k in zip(s.rows, s.y, strict=True))
 
 
+def test_the_first_images_of_a_split_are_of_all_classes(tmp_path: Path) -> None:
+    """Scores, ranges and fits look at the first images alone; folders are read class by class."""
+    d = load(npz(tmp_path, x=pixels(1000), y=np.repeat(np.arange(10), 100)))
+    for split in (d.train, d.search):
+        _, y = split.batch(list(range(20)))
+        assert y is not None and np.bincount(y.numpy(), minlength=10).tolist() == [2] * 10
+
+
 def test_given_validation_is_kept_whole_and_in_order(tmp_path: Path) -> None:
     xv = pixels(7, seed=1)
     d = load(npz(tmp_path, x=pixels(50), y=np.zeros((50, 1), int), x_val=xv, y_val=np.arange(7)), num_classes=10)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hantc.data.splits import complement, draw, not_in, search_size
+from hantc.data.splits import complement, draw, mingle, not_in, search_size
 
 
 @pytest.mark.parametrize(("n", "size"), [(2, 1), (3, 1), (100, 50), (200, 64), (1000, 150), (50_000, 2000)])
@@ -35,6 +35,25 @@ def test_draw_is_exact_for_balanced_classes_and_repeats() -> None:
     assert np.array_equal(rows, draw(300, 100, y, np.random.default_rng(1)))
     assert not np.array_equal(rows, draw(300, 100, y, np.random.default_rng(2)))
     assert len(draw(300, 100, None, np.random.default_rng(1))) == 100
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(0, 9), st.data())
+def test_every_beginning_and_end_has_all_classes_in_proportion(
+    labels: list[int], seed: int, data: st.DataObject
+) -> None:
+    y = np.sort(np.array(labels))  # class by class, as folders are read
+    rows = mingle(len(y), y, np.random.default_rng(seed))
+    assert sorted(rows) == list(range(len(y)))
+    cut = data.draw(st.integers(0, len(y)))
+    for part in (rows[:cut], rows[cut:]):
+        for c in np.unique(y):
+            assert abs((y[part] == c).sum() - len(part) * (y == c).mean()) <= 2
+
+
+def test_without_labels_the_order_is_random() -> None:
+    rows = mingle(100, None, np.random.default_rng(0))
+    assert sorted(rows) == list(range(100)) and not (np.diff(rows) > 0).all()
 
 
 def test_not_in() -> None:

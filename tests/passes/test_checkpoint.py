@@ -84,15 +84,27 @@ def test_distillation_goes_on_where_it_was(lab: Lab, monkeypatch: pytest.MonkeyP
     assert saved is not None and 0.3 < saved.progress < 1
     seen: list[float] = []
 
-    class Watching(TimeBox):
-        def __init__(self, *args: float, begun: float) -> None:
-            seen.append(begun)
-            super().__init__(*args, begun=begun)
+    class Frozen(TimeBox):
+        """One step at rate zero: what comes out is what was taken up."""
 
-    monkeypatch.setattr(training, "TimeBox", Watching)
+        def __init__(self, seconds: float, max_steps: int, *, begun: float) -> None:
+            seen.append(begun)
+            super().__init__(seconds, max_steps, begun=begun)
+
+        def rate(self) -> float:
+            return 0.0
+
+        def advance(self) -> bool:
+            super().advance()
+            return False
+
+    monkeypatch.setattr(training, "TimeBox", Frozen)
     after = Distill().call(state, ctx)
     assert seen == [pytest.approx(saved.progress)]
     assert after.weights is not None and set(after.weights) == {("r03", STACK.name), ("r01", BOTTLE.name)}
+    for weights in after.weights.values():
+        for name in (n for n in weights if n.endswith("conv.weight")):
+            assert any(torch.equal(weights[name], v) for k, v in saved.tensors.items() if k.endswith(name)), name
     assert ctx.store.ls(KIND) == [], "a finished training needs no checkpoint"
 
 
@@ -106,7 +118,13 @@ def test_fine_tuning_goes_on_where_it_was(lab: Lab, monkeypatch: pytest.MonkeyPa
     (left,) = ctx.store.ls(KIND)
     saved = Checkpoint(ctx.store, left.key).load()
     assert saved is not None
+    monkeypatch.setattr(finetune, "_RATE", 0.0)  # what comes out is what was taken up
+    monkeypatch.setattr(finetune._Average, "update", lambda self, module: None)
     done = Finetune().call(lab.rewritten(), ctx)
+    assert done.student is not None
+    states = [part_of(saved.tensors, part) for part in ("best", "average")]
+    got = {k: v for k, v in done.student.state_dict().items() if k.endswith("weight")}
+    assert any(all(torch.allclose(v, state[k], atol=1e-4) for k, v in got.items()) for state in states)
     assert done.history[-1]["progress"] == 1.0
     progress = [h["progress"] for h in done.history]
     assert progress == sorted(progress)

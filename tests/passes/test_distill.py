@@ -15,6 +15,7 @@ from hantc.core.types import CandidateSpec, CostRow, CostTable, Signature
 from hantc.dialect.graph import with_taps
 from hantc.ops import registry
 from hantc.passes import distill, training
+from hantc.passes.checkpoint import Checkpoint
 from hantc.passes.distill import Distill, wanted_ms, weights_key
 from hantc.passes.engine import relative_mse
 from hantc.passes.plug import origin_of, trained
@@ -253,8 +254,8 @@ def test_jobs_train_beside_each_other_without_mixing(lab: Lab) -> None:
     alone, beside, dying = job(STACK, 1), job(STACK, 1), job(BOTTLE, 2)
     with torch.no_grad():
         next(dying.module.parameters()).fill_(float("nan"))
-    train(lab.matched.network, [alone], ctx, lab.labelled)
-    train(lab.matched.network, [dying, beside], ctx, lab.labelled)
+    train(lab.matched.network, [alone], ctx, lab.labelled, Checkpoint(ctx.store, "aaaa"))
+    train(lab.matched.network, [dying, beside], ctx, lab.labelled, Checkpoint(ctx.store, "bbbb"))
     assert dying.dead
     assert not beside.dead
     assert dying.seen == 0
