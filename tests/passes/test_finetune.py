@@ -44,7 +44,7 @@ def test_the_teacher_is_not_touched(lab: Lab) -> None:
 
 
 def test_the_best_state_is_kept_where_training_does_harm(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "_RATE", 3.0)
+    monkeypatch.setattr(finetune, "_RATE", 0.1)
     before = distance(lab, lab.rewritten())
     after = Finetune().call(lab.rewritten(), lab.fresh(effort={"finetune_epochs": 3}))
     assert after.history[-1]["loss"] > after.history[0]["loss"], "it did harm"

@@ -88,7 +88,8 @@ def test_the_effort_limits_what_is_measured_and_all_families_get_a_share(lab: La
     assert set(some["r01"]) == set(everything["r01"]) >= {"identity", "cb_stack", "cb_bottle", "efn", "repvgg"}
     assert {sum(c.values()) for c in some.values()} == {20}
     assert some["r01"]["identity"] == 1
-    assert all(n >= min(2, everything["r01"][f]) for f, n in some["r01"].items())
+    most = max(some["r01"].values())
+    assert all(n >= min(most - 1, everything["r01"][f]) for f, n in some["r01"].items()), "equal shares"
     assert any("--effort" in reason for _, _, reason in state.skipped)
 
 
