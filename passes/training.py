@@ -32,7 +32,7 @@ from hantc.passes.state import Context
 
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 RECIPE = {"version": 4, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
-_VALUES = 1 << 23  # of a region's activations that a candidate is derived from
+_POSITIONS = 1 << 16  # of a region's input maps that a candidate is derived from; fits look at fewer still
 _SAMPLES = (32, 256)  # images for the same, at least and at most
 
 
@@ -64,14 +64,14 @@ def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) ->
     if not taps:
         return {}
     least, most = _SAMPLES
-    size = {r.input: math.prod(r.in_shape) for r in regions}
+    size = {r.input: math.prod(r.in_shape[1:]) for r in regions}
     tapped = with_taps(network, taps)
     found: dict[str, list[Tensor]] = {t: [] for t in taps}
     n = min(most, len(data.train))
     for i in range(0, n, least):
         x, _ = data.train.batch(list(range(i, min(n, i + least))))
         for tap, value in _activations(tapped, taps, x).items():
-            if i * size[tap] < _VALUES:
+            if i * size[tap] < _POSITIONS:
                 found[tap].append(value)
     return {tap: torch.cat(found.pop(tap)) for tap in taps}
 

@@ -232,7 +232,7 @@ def test_samples_are_the_teachers_activations_and_fewer_where_maps_are_large(
     network, match = lab.matched.network, lab.matched.match
     assert network is not None and match is not None
     regions = [match.region("r01"), match.region("r03")]
-    monkeypatch.setattr(training, "_VALUES", 64 * 16 * 12 * 12)
+    monkeypatch.setattr(training, "_POSITIONS", 64 * 12 * 12)
     found = gather(network, regions, lab.labelled)
     n = min(256, len(lab.labelled.train))
     assert {t: len(v) for t, v in found.items()} == {regions[0].input: 64, regions[1].input: n}
