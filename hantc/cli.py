@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hantc import __version__
@@ -17,6 +20,7 @@ from hantc.core.errors import HantcError, UsageError
 __all__ = ["COMMANDS", "DONE", "INTERNAL", "INTERRUPTED", "MISSED", "USAGE", "compile_parser", "config_of", "main"]
 
 USAGE, INTERNAL, INTERRUPTED = 2, 3, 130
+_INSIST_S = 1.0
 _EFFORT_HELP = "time limit: " + ", ".join(f"{n} {e.time_limit_s / 60:g} min" for n, e in EFFORTS.items())
 
 _EPILOG = """\
@@ -141,10 +145,32 @@ def _dispatch(args: Sequence[str]) -> int:
     return cmd_compile(args)
 
 
+@contextmanager
+def _insistent() -> Iterator[None]:
+    """Ctrl-C is raised again each second until it gets out: libraries with a bare `except:` (onnx-graphsurgeon's
+    importer has one) swallow the first. On the main thread of systems with timers; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _INSIST_S)
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        with _insistent():
+            return _dispatch(sys.argv[1:] if argv is None else argv)
     except HantcError as error:
         kind = type(error).__name__.removesuffix("Error").lower()
         sys.stderr.write(f"hantc: {kind} error: {error}\n")

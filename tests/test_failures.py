@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -21,7 +22,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from hantc.cli import compile_parser, config_of
+import hantc.cli
+from hantc.cli import compile_parser, config_of, main
 from hantc.core.errors import HantcError
 from hantc.core.progress import Reporter
 from hantc.inputs import prepare
@@ -289,6 +291,28 @@ def test_ctrl_c(tiny: Tiny, tmp_path: Path) -> None:
     assert not (out / "model.onnx").exists() and not (out / "summary.json").exists()
     assert not list(tmp_path.rglob("*.tmp"))
     assert all(json.loads(f.read_text()) for f in (store / "cost").rglob("*.json"))
+
+
+def test_ctrl_c_gets_past_those_who_swallow_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A library with a bare `except:` does not keep the user from stopping."""
+    swallowed = []
+
+    def stubborn(args: object) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        swallowed.append(True)
+        time.sleep(5)
+        return 0
+
+    monkeypatch.setattr(hantc.cli, "_INSIST_S", 0.05)
+    monkeypatch.setattr(hantc.cli, "_dispatch", stubborn)
+    before = signal.getsignal(signal.SIGINT)
+    assert main([]) == 130
+    assert swallowed and signal.getsignal(signal.SIGINT) is before
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_broken_off_while_writing(
