@@ -25,11 +25,15 @@ class BotTrans(LayeredFamily):
     options = MappingProxyType({"act": "relu"})
 
     def plan(self, spec: CandidateSpec, signature: Signature) -> Sequence[tuple[str, Layer]]:
-        """Convolution, attention, convolution."""
+        """Convolution, what mixes positions, convolution."""
         p, f = self.values(spec), Frame(signature)
         hidden = hidden_width(p["e"], f.c_out)
         return [
             ("reduce", f.resize(f.c_in, hidden, 1 if f.size == f.out_size else 3, act=p["act"])),
-            ("attention", SelfAttention(hidden, f.out_size, HEADS)),
+            ("mix", self.mixer(hidden, f.out_size)),
             ("expand", f.after(hidden, f.c_out)),
         ]
+
+    def mixer(self, channels: int, size: tuple[int, int]) -> Layer:
+        """What mixes positions in the middle, (N, channels, *size) → same."""
+        return SelfAttention(channels, size, HEADS)

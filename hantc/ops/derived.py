@@ -133,12 +133,6 @@ def editable(module: fx.GraphModule) -> fx.GraphModule:
     return made
 
 
-def swap(module: fx.GraphModule, node: fx.Node, leaf: nn.Module) -> None:
-    """Let a node call another leaf, in place."""
-    owner, _, name = str(node.target).rpartition(".")
-    setattr(module.get_submodule(owner), name, leaf)
-
-
 def leaves(module: fx.GraphModule, wanted: Callable[[nn.Module], bool]) -> list[tuple[fx.Node, nn.Module]]:
     """(node, leaf) of the leaves that `wanted` accepts, in order."""
     pairs = [(n, module.get_submodule(str(n.target))) for n in module.graph.nodes if n.op == "call_module"]

@@ -15,8 +15,9 @@ from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Binary
 from hantc.dialect.graph import shapes_of, tidy
 from hantc.dialect.pool import GlobalPool
+from hantc.dialect.rewrites.base import swap
 from hantc.ops.channels import Group, channel_groups, importance, keep_channels
-from hantc.ops.derived import DerivedFamily, Origin, editable, leaves, swap
+from hantc.ops.derived import DerivedFamily, Origin, editable, leaves
 from hantc.ops.geometry import round_width
 from hantc.ops.refit import activations, refit
 
