@@ -20,6 +20,7 @@ from hantc.core.atomic import write_bytes, write_json
 from hantc.core.config import CompileConfig
 from hantc.core.errors import BudgetError, HantcError, UsageError
 from hantc.core.lut import write_lut
+from hantc.core.memory import retained_memory
 from hantc.core.progress import Reporter
 from hantc.core.types import CostTable, Device, Plan
 from hantc.data.dataset import Dataset
@@ -58,10 +59,10 @@ class Run:
 
 
 @contextmanager
-def _torch_settings() -> Iterator[None]:
-    """Give torch's thread count and random state back to whoever embeds hantc."""
+def _process_settings() -> Iterator[None]:
+    """Give torch's thread count and random state, and the allocator's, back to whoever embeds hantc."""
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), retained_memory():
         try:
             yield
         finally:
@@ -72,7 +73,7 @@ def compile_config(
     config: CompileConfig, reporter: Reporter, *, model: ModelProto | None = None, passes: Passes = COMPILE
 ) -> Run:
     """Run the whole pipeline and write the run folder. Raises HantcError subclasses with exit codes."""
-    with _torch_settings():
+    with _process_settings():
         state, ctx = prepare(config, reporter, model)
         state, timings = run_passes(passes, state, ctx)
         summary = _summary(state, ctx, timings)
@@ -84,7 +85,7 @@ def compile_config(
 
 def profile_config(config: CompileConfig, reporter: Reporter) -> tuple[CostTable, Device]:
     """Measure the candidates of a model's regions, with or without data; the table and the device it holds for."""
-    with _torch_settings():
+    with _process_settings():
         state, ctx = prepare(config, reporter, measure_only=True)
         state, _ = run_passes(PROFILE, state, ctx)
     assert state.costs is not None
@@ -253,7 +254,7 @@ def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
         notes.append(f"{summary.data.source} is no longer there: accuracy and agreement were not checked")
         wanted |= {"data": None, "val": None, "preprocess": None}
     student = load_onnx(folder / "model.onnx")
-    with TemporaryDirectory() as place, _torch_settings():
+    with TemporaryDirectory() as place, _process_settings():
         config = make_config(
             teacher,
             target=summary.target,
