@@ -2,164 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto
 
-from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import HantcError
 from hantc.core.lut import read_lut
-from hantc.core.types import CandidateSpec, CostRow, CostTable, Protocol, Region, Shape, Signature, Timing, digest
+from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
-from hantc.dialect.replicate import replicate
 from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.derived import structure
 from hantc.ops.registry import Origin, build
+from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_for
 from hantc.passes.state import Context, Proposal, State
-
-_COPIES = 4
-_GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
-_VERSION = 4  # of the measuring method: rows measured otherwise are not reused
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One thing to time. `row` lacks the figures."""
-
-    key: str
-    row: CostRow
-    model: ModelProto
-    chain: bool
-    in_shape: Shape
-    out_shape: Shape
-
-
-def _overhead_model(shape: Shape) -> ModelProto:
-    """The least a session can do with a tensor of `shape`: hand it through."""
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", *shape])
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "overhead", [x], [y])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def _border_model(shape: Shape, steps: int, *, quantised: bool) -> ModelProto:
-    """`steps` cheap float operations in a row (Abs, which no engine merges), with a quantise/dequantise pair
-    behind each on request."""
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
-    scale = onnx.numpy_helper.from_array(np.array(0.03, np.float32), "scale")
-    zero = onnx.numpy_helper.from_array(np.array(128, np.uint8), "zero")
-    nodes, name = [], "x"
-    for i in range(steps):
-        nodes.append(helper.make_node("Abs", [name], [f"a{i}"]))
-        name = f"a{i}"
-        if quantised:
-            nodes.append(helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"q{i}"]))
-            nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", "scale", "zero"], [f"d{i}"]))
-            name = f"d{i}"
-    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
-    graph = helper.make_graph(nodes, "border", [x], [y], [scale, zero] if quantised else [])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-class Meter:
-    """Times small models net of a session's overhead; every row is kept in the store."""
-
-    def __init__(self, ctx: Context) -> None:
-        self.ctx = ctx
-        self.protocol = Protocol(threads=ctx.threads, batch=ctx.config.batch, warmup=2, samples=9, min_sample_ms=2.0)
-        self.build_spec = BuildSpec(threads=ctx.threads, batch=ctx.config.batch)
-        self.base = {
-            "backend": ctx.backend.name,
-            "device": ctx.device_key,
-            "protocol": asdict(self.protocol),
-            "method": _VERSION,
-        }
-        self.measured = 0
-
-    def key(self, **what: object) -> str:
-        return digest({**self.base, **what})
-
-    def time(self, models: Sequence[ModelProto], protocol: Protocol | None = None) -> list[Timing]:
-        """Time models interleaved, as they are."""
-        artefacts = [self.ctx.backend.build(m, self.build_spec) for m in models]
-        return self.ctx.backend.measure(artefacts, protocol or self.protocol)
-
-    def network(self, model: ModelProto) -> Timing:
-        """Latency of a whole network, overhead included; kept in the store."""
-        key = self.key(network=digest(model.SerializeToString().hex()))
-        found = self.ctx.store.get_json("network", key)
-        if found is not None:
-            return Timing(**found)
-        timing = self.time([model], replace(self.protocol, samples=25, min_sample_ms=10.0))[0]
-        self.ctx.store.put_json("network", key, asdict(timing))
-        return timing
-
-    def rows(self, work: Sequence[_Work]) -> list[CostRow]:
-        """Figures for all of `work`: from the store, or timed in groups that share a shape."""
-        found: dict[str, dict[str, object]] = {}
-        todo: dict[str, _Work] = {}
-        for w in work:
-            stored = self.ctx.store.get_json("cost", w.key)
-            if stored is not None:
-                found[w.key] = stored
-            else:
-                todo.setdefault(w.key, w)
-        groups: dict[tuple[Shape, Shape, bool], list[_Work]] = {}
-        for w in todo.values():
-            groups.setdefault((w.in_shape, w.out_shape, w.chain), []).append(w)
-        with self.ctx.reporter.bar("measuring candidates", len(todo)) as bar:
-            for group in groups.values():
-                for i in range(0, len(group), _GROUP):
-                    part = group[i : i + _GROUP]
-                    found |= self._group(part)
-                    bar.advance(len(part))
-        return [replace(w.row, **_figures(found[w.key])) for w in work]
-
-    def _group(self, group: Sequence[_Work]) -> dict[str, dict[str, object]]:
-        overhead = _overhead_model(group[0].in_shape)
-        models, good = [overhead], []
-        for w in group:
-            model = replicate(w.model, _COPIES, chain=w.chain)
-            ok, reason = self.ctx.backend.supports(model)
-            if ok:
-                models.append(model)
-                good.append(w)
-            else:
-                self.ctx.reporter.event("unsupported", candidate=w.row.candidate, reason=reason)
-        first, *timings = self.time(models)
-        results: dict[str, dict[str, object]] = {
-            w.key: {"latency_ms": 1e9, "iqr_ms": 0.0, "samples": 0} for w in group if w not in good
-        }
-        for w, t in zip(good, timings, strict=True):
-            net = max(1e-4, (t.median_ms - first.median_ms) / _COPIES)
-            results[w.key] = {"latency_ms": net, "iqr_ms": t.iqr_ms / _COPIES, "samples": t.samples}
-            self.ctx.store.put_json("cost", w.key, results[w.key])
-            self.measured += 1
-        return results
-
-    def border(self, shape: Shape) -> float:
-        """Milliseconds of one quantise/dequantise pair on a tensor of `shape`."""
-        key = self.key(border=shape)
-        found = self.ctx.store.get_json("border", key)
-        if found is None:
-            models = [_border_model(shape, 4, quantised=q) for q in (False, True)]
-            plain, quantised = self.time(models)
-            found = max(0.0, (quantised.median_ms - plain.median_ms) / 4)
-            self.ctx.store.put_json("border", key, found)
-        return float(found)
-
-
-def _figures(stored: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: stored[k] for k in ("latency_ms", "iqr_ms", "samples")}
 
 
 class Cost:
@@ -188,7 +50,9 @@ class Cost:
         mixed = "int8" in ctx.precisions and "fp32" in ctx.precisions
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
         glue, scale = self._glue(rows, state, teacher_ms)
-        ctx.reporter.event("cost", rows=len(rows), measured=meter.measured, teacher_ms=teacher_ms, glue_ms=glue)
+        pace = [round(p, 3) for p in meter.pace]
+        facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "pace": pace}
+        ctx.reporter.event("cost", rows=len(rows), **facts)
         table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale)
         return replace(state, costs=table)
 
@@ -241,7 +105,7 @@ class Cost:
             predicted=not ctx.capabilities.measures,
         )
 
-    def _teacher(self, state: State, ctx: Context, meter: Meter, region: Region) -> list[_Work]:
+    def _teacher(self, state: State, ctx: Context, meter: Meter, region: Region) -> list[Work]:
         assert state.network is not None
         part = cut(state.network, region.input, region.output, region.in_shape, region.out_shape)
         model = emit(part).model
@@ -256,7 +120,7 @@ class Cost:
             row = self._row(ctx, region.name, "teacher", precision, region.macs, region.params)
             chain = region.in_shape == region.out_shape
             key = meter.key(teacher=name, precision=precision)
-            work.append(_Work(key, row, timed, chain, region.in_shape, region.out_shape))
+            work.append(Work(key, row, timed, chain, region.in_shape, region.out_shape))
         return work
 
     def _candidate(
@@ -267,7 +131,7 @@ class Cost:
         proposal: Proposal,
         origin: Origin | None,
         seen: dict[str, tuple[ModelProto, ModelProto | None]],
-    ) -> list[_Work]:
+    ) -> list[Work]:
         spec, size = proposal.spec, (proposal.macs, proposal.params)
         what: dict[str, object] = {"signature": asdict(Signature.of(region)), "spec": asdict(spec)}
         if origin is not None:
@@ -286,7 +150,7 @@ class Cost:
                 continue
             row = self._row(ctx, region.name, spec.name, precision, *size)
             chain = region.in_shape == region.out_shape
-            work.append(_Work(key[precision], row, model, chain, region.in_shape, region.out_shape))
+            work.append(Work(key[precision], row, model, chain, region.in_shape, region.out_shape))
         return work
 
     @staticmethod

@@ -18,9 +18,9 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import observing
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
 from hantc.passes.bench import Bench
-from hantc.passes.cost import Meter
 from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import Judge, fast_layout, output_kind
+from hantc.passes.meter import Meter
 from hantc.passes.state import Context, Evaluated, State
 from hantc.search.explore import explore
 from hantc.search.ilp import solve, solve_diverse
@@ -33,7 +33,7 @@ _SOLVER_S = 30.0
 _ROUNDS = 3  # of measuring students and correcting the table
 _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
-_VERSION = 7
+_VERSION = 8
 _UNUSABLE_MS = 1e8
 
 
@@ -215,7 +215,7 @@ class Select:
             student = build_student(state, blueprint, specs_of(state))
             models.append(to_onnx(student, blueprint, ctx, calibration_feeds(student, ctx.data, 16, 16)))
             plans.append(plan)
-        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=3, samples=15, min_sample_ms=8.0)
+        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=3, samples=25, min_sample_ms=12.0)
         with ctx.reporter.bar(f"timing {len(plans)} students", 1.0) as bar:
             teacher, *timings = meter.time(models, protocol)
             bar.advance(1.0)

@@ -24,7 +24,7 @@ from hantc.dialect.qdq import QuantSpec, quantize_whole
 from hantc.passes.assemble import calibration_feeds
 from hantc.passes.state import Context, State
 
-_VERSION = 3
+_VERSION = 4
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
 

@@ -87,7 +87,22 @@ def test_interruptions_do_not_move_the_result() -> None:
     spiky = [1.0] * 9 + [40.0]
     protocol = Protocol(1, samples=15, min_sample_ms=5.0)
     (timing,) = measure_interleaved([fake.run("a", spiky)], protocol, lambda: fake.now)
-    assert (timing.median_ms, timing.iqr_ms, timing.samples) == (1.0, 0.0, 15)
+    assert (timing.median_ms, timing.iqr_ms, timing.samples) == (1.0, 0.0, 25)
+
+
+def test_long_samples_are_cut_into_short_ones_of_the_same_total() -> None:
+    fake = FakeRuns()
+    runs = [fake.run("a", [1.0]), fake.run("b", [5.0])]
+    timings = measure_interleaved(runs, Protocol(1, warmup=1, samples=4, min_sample_ms=15.0), lambda: fake.now)
+    # 4 rounds of 15 + 15 ms are 15 rounds of 3 + 5 ms
+    assert [(t.median_ms, t.samples) for t in timings] == [(1.0, 15), (5.0, 15)]
+
+
+def test_a_machine_that_is_rarely_quiet_still_gives_the_quiet_figure() -> None:
+    fake = FakeRuns()
+    run = fake.run("a", [1.0] * 10 + [1.4] * 90)  # a tenth of the time at full speed
+    (timing,) = measure_interleaved([run], Protocol(1, samples=100, min_sample_ms=0.1), lambda: fake.now)
+    assert timing.median_ms == pytest.approx(1.0)
 
 
 def test_slow_spells_show_in_the_spread_but_not_in_the_median() -> None:

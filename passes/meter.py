@@ -1,0 +1,194 @@
+"""The meter: latencies of small models net of a session's overhead, all on one clock, kept in the store.
+
+A shared machine runs at another speed from one minute to the next, and a table is measured over minutes. So
+every group of models is timed beside the same small reference network (the canary), and its figures are scaled
+to the speed at which the canary ran when it was first seen on this device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from hantc.core.backend_api import Artefact, BuildSpec
+from hantc.core.errors import HantcError
+from hantc.core.types import CostRow, Protocol, Shape, Timing, digest
+from hantc.dialect.replicate import replicate
+from hantc.passes.state import Context
+
+_COPIES = 4
+_GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
+_VERSION = 5  # of the measuring method: rows measured otherwise are not reused
+_CANARY = (48, 24, 24)  # channels, height, width: about a millisecond on two cores
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to time. `row` lacks the figures."""
+
+    key: str
+    row: CostRow
+    model: ModelProto
+    chain: bool
+    in_shape: Shape
+    out_shape: Shape
+
+
+def _overhead_model(shape: Shape) -> ModelProto:
+    """The least a session can do with a tensor of `shape`: hand it through."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", *shape])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "overhead", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _border_model(shape: Shape, steps: int, *, quantised: bool) -> ModelProto:
+    """`steps` cheap float operations in a row (Abs, which no engine merges), with a quantise/dequantise pair
+    behind each on request."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
+    scale = onnx.numpy_helper.from_array(np.array(0.03, np.float32), "scale")
+    zero = onnx.numpy_helper.from_array(np.array(128, np.uint8), "zero")
+    nodes, name = [], "x"
+    for i in range(steps):
+        nodes.append(helper.make_node("Abs", [name], [f"a{i}"]))
+        name = f"a{i}"
+        if quantised:
+            nodes.append(helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"q{i}"]))
+            nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", "scale", "zero"], [f"d{i}"]))
+            name = f"d{i}"
+    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
+    graph = helper.make_graph(nodes, "border", [x], [y], [scale, zero] if quantised else [])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _canary_model() -> ModelProto:
+    """A small network of what vision networks spend their time on: a full, a depthwise and a pointwise
+    convolution, and an activation behind each."""
+    c, h, w = _CANARY
+    rng = np.random.default_rng(0)
+    nodes, weights, name = [], [], "x"
+    for i, (k, groups) in enumerate(((3, 1), (3, c), (1, 1), (3, 1))):
+        value = (rng.standard_normal((c, c // groups, k, k)) / (k * (c / groups) ** 0.5)).astype(np.float32)
+        weights.append(onnx.numpy_helper.from_array(value, f"w{i}"))
+        pads = [k // 2] * 4
+        nodes.append(helper.make_node("Conv", [name, f"w{i}"], [f"c{i}"], kernel_shape=[k, k], pads=pads, group=groups))
+        nodes.append(helper.make_node("HardSwish" if i % 2 else "Relu", [f"c{i}"], [f"a{i}"]))
+        name = f"a{i}"
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", c, h, w])
+    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", c, h, w])
+    graph = helper.make_graph(nodes, "canary", [x], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+class Meter:
+    """Times small models net of a session's overhead; every row is kept in the store."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.protocol = Protocol(threads=ctx.threads, batch=ctx.config.batch, warmup=2, samples=12, min_sample_ms=1.0)
+        self.build_spec = BuildSpec(threads=ctx.threads, batch=ctx.config.batch)
+        self.base = {
+            "backend": ctx.backend.name,
+            "device": ctx.device_key,
+            "protocol": asdict(self.protocol),
+            "method": _VERSION,
+        }
+        self.measured = 0
+        self.pace: list[float] = []  # how much slower than at first the canary ran, each time
+        self._canary = self._build(_canary_model())
+
+    def key(self, **what: object) -> str:
+        return digest({**self.base, **what})
+
+    def time(self, models: Sequence[ModelProto], protocol: Protocol | None = None) -> list[Timing]:
+        """Time models interleaved with each other and the canary; figures on the canary's first clock."""
+        return self._measure([self._build(m) for m in models], protocol or self.protocol)
+
+    def _build(self, model: ModelProto) -> Artefact:
+        return self.ctx.backend.build(model, self.build_spec)
+
+    def _measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
+        *timings, canary = self.ctx.backend.measure([*artefacts, self._canary], protocol)
+        pace = canary.median_ms / self._reference()
+        self.pace.append(pace)
+        return [replace(t, median_ms=t.median_ms / pace, iqr_ms=t.iqr_ms / pace) for t in timings]
+
+    def _reference(self) -> float:
+        """The canary's latency when this device was first timed, in milliseconds."""
+        key = self.key(canary=digest(_canary_model().SerializeToString().hex()))
+        found = self.ctx.store.get_json("network", key)
+        if found is None:
+            protocol = replace(self.protocol, samples=25, min_sample_ms=20.0)
+            found = asdict(self.ctx.backend.measure([self._canary], protocol)[0])
+            self.ctx.store.put_json("network", key, found)
+        return Timing(**found).median_ms
+
+    def network(self, model: ModelProto) -> Timing:
+        """Latency of a whole network, overhead included; kept in the store."""
+        key = self.key(network=digest(model.SerializeToString().hex()))
+        found = self.ctx.store.get_json("network", key)
+        if found is not None:
+            return Timing(**found)
+        timing = self.time([model], replace(self.protocol, samples=25, min_sample_ms=15.0))[0]
+        self.ctx.store.put_json("network", key, asdict(timing))
+        return timing
+
+    def rows(self, work: Sequence[Work]) -> list[CostRow]:
+        """Figures for all of `work`: from the store, or timed in groups that share a shape."""
+        found: dict[str, dict[str, object]] = {}
+        todo: dict[str, Work] = {}
+        for w in work:
+            stored = self.ctx.store.get_json("cost", w.key)
+            if stored is not None:
+                found[w.key] = stored
+            else:
+                todo.setdefault(w.key, w)
+        groups: dict[tuple[Shape, Shape, bool], list[Work]] = {}
+        for w in todo.values():
+            groups.setdefault((w.in_shape, w.out_shape, w.chain), []).append(w)
+        with self.ctx.reporter.bar("measuring candidates", len(todo)) as bar:
+            for group in groups.values():
+                for i in range(0, len(group), _GROUP):
+                    part = group[i : i + _GROUP]
+                    found |= self._group(part)
+                    bar.advance(len(part))
+        return [replace(w.row, **_figures(found[w.key])) for w in work]
+
+    def _group(self, group: Sequence[Work]) -> dict[str, dict[str, object]]:
+        built, good = [self._build(_overhead_model(group[0].in_shape))], []
+        for w in group:
+            try:
+                built.append(self._build(replicate(w.model, _COPIES, chain=w.chain)))
+                good.append(w)
+            except HantcError as error:
+                self.ctx.reporter.event("unsupported", candidate=w.row.candidate, reason=error.message)
+        first, *timings = self._measure(built, self.protocol)
+        results: dict[str, dict[str, object]] = {
+            w.key: {"latency_ms": 1e9, "iqr_ms": 0.0, "samples": 0} for w in group if w not in good
+        }
+        for w, t in zip(good, timings, strict=True):
+            net = max(1e-4, (t.median_ms - first.median_ms) / _COPIES)
+            results[w.key] = {"latency_ms": net, "iqr_ms": t.iqr_ms / _COPIES, "samples": t.samples}
+            self.ctx.store.put_json("cost", w.key, results[w.key])
+            self.measured += 1
+        return results
+
+    def border(self, shape: Shape) -> float:
+        """Milliseconds of one quantise/dequantise pair on a tensor of `shape`."""
+        key = self.key(border=shape)
+        found = self.ctx.store.get_json("border", key)
+        if found is None:
+            models = [_border_model(shape, 4, quantised=q) for q in (False, True)]
+            plain, quantised = self.time(models)
+            found = max(0.0, (quantised.median_ms - plain.median_ms) / 4)
+            self.ctx.store.put_json("border", key, found)
+        return float(found)
+
+
+def _figures(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: stored[k] for k in ("latency_ms", "iqr_ms", "samples")}
