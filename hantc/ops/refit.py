@@ -66,14 +66,7 @@ def fit_conv(conv: Conv, x: Tensor, target: Tensor) -> None:
     the convolution alone if it is grouped (but not depthwise) or the system cannot be solved."""
     if conv.groups > 1 and not is_depthwise(conv):
         return
-    positions = target.shape[2] * target.shape[3]
-    step = max(1, len(x) * positions // (4 * _ROWS))  # patches of all images would fill the memory
-    x, target = x[::step], target[::step]
-    patches = _patches(conv, x)  # (P, C, k²)
-    wanted = target.permute(0, 2, 3, 1).flatten(0, 2)  # (P, C')
-    if len(wanted) > _ROWS:
-        rows = torch.linspace(0, len(wanted) - 1, _ROWS).long()
-        patches, wanted = patches[rows], wanted[rows]
+    patches, wanted = _rows(conv, x, target)
     if is_depthwise(conv):
         design = patches.transpose(0, 1)  # (C, P, k²)
         start = conv.weight.detach().flatten(1).unsqueeze(2)  # (C, k², 1)
@@ -95,12 +88,12 @@ def fit_conv(conv: Conv, x: Tensor, target: Tensor) -> None:
 def _ridge(design: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
     """(weights, bias) minimising ‖design·w + b − goal‖² + λ‖w − start‖², batched over dim 0."""
     centre, level = design.mean(1, keepdim=True), goal.mean(1, keepdim=True)
-    a, y = (design - centre).double(), (goal - level).double()
-    gram = a.transpose(1, 2) @ a
+    a, y = design - centre, goal - level
+    gram = (a.transpose(1, 2) @ a).double()
     n = gram.shape[-1]
     strength = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     gram = gram + strength[:, None, None] * torch.eye(n, dtype=gram.dtype)
-    right = a.transpose(1, 2) @ y + strength[:, None, None] * start.double()
+    right = (a.transpose(1, 2) @ y).double() + strength[:, None, None] * start.double()
     factor, info = torch.linalg.cholesky_ex(gram)
     if bool(info.any()):
         return None
@@ -110,9 +103,16 @@ def _ridge(design: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor]
     return weight, level - centre @ weight
 
 
-def _patches(conv: Conv, x: Tensor) -> Tensor:
-    """What the kernel sees at each position: (P, C, k²)."""
+def _rows(conv: Conv, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Up to `_ROWS` positions spread over all images: what the kernel sees there, (P, C, k²), and what it should
+    give, (P, C')."""
     padded = F.pad(x, torch_pads(conv.pads)) if any(conv.pads) else x
-    found = F.unfold(padded, conv.kernel, conv.dilation, 0, conv.stride)  # (N, C·k², L)
-    n, _, length = found.shape
-    return found.view(n, x.shape[1], -1, length).permute(0, 3, 1, 2).flatten(0, 1)
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel, conv.stride, conv.dilation
+    n, _, height, width = target.shape
+    count = n * height * width
+    at = torch.linspace(0, count - 1, min(count, _ROWS), dtype=torch.float64).long()
+    image, row, column = at // (height * width), at // width % height, at % width
+    rows = row[:, None] * sh + torch.arange(kh).repeat_interleave(kw) * dh  # (P, k²)
+    columns = column[:, None] * sw + torch.arange(kw).repeat(kh) * dw
+    patches = padded.permute(0, 2, 3, 1)[image[:, None], rows, columns]  # (P, k², C)
+    return patches.transpose(1, 2), target.permute(0, 2, 3, 1)[image, row, column]
