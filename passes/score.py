@@ -73,7 +73,9 @@ class Score:
         assert state.network is not None and ctx.data is not None
         costs = state.costs.by_key()
         proposals = {(p.region, p.spec.name): p for p in state.proposals or ()}
-        wanted = [(r, "teacher", "int8") for r in state.match.regions if "int8" in ctx.precisions]
+        # a span's teacher in INT8 is that of each of its parts: it would only be scored twice
+        atoms = [r for r in state.match.regions if len(r.atoms) == 1]
+        wanted = [(r, "teacher", "int8") for r in atoms if "int8" in ctx.precisions]
         wanted += [(state.match.region(r), c, self._cheaper(costs, r, c)) for r, c in state.weights]
         stored_rows: list[ScoreRow] = []
         entries: list[_Entry] = []
