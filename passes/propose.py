@@ -64,8 +64,7 @@ class Propose:
                 if name == "identity" and len(region.atoms) > 1:
                     reason = "the same as an identity for each block of the span"
                 macs, params = family.estimate(spec, signature) if not reason else (0, 0)
-                if not reason and macs > _MAX_MACS * max(region.macs, 1):
-                    reason = f"{macs / max(region.macs, 1):.1f}× the teacher's multiplications: cannot be faster"
+                reason = reason or _too_large(macs, region)
                 if reason:
                     skipped.append((region.name, spec.name, reason))
                 else:
@@ -89,10 +88,12 @@ class Propose:
         for family in DERIVED.values():
             for spec in family.grid():
                 reason = family.reject_origin(spec, signature, origin)
+                macs, params = family.size(spec, signature, origin) if not reason else (0, 0)
+                reason = reason or _too_large(macs, region)
                 if reason:
                     skipped.append((region.name, spec.name, reason))
                 else:
-                    made.append(Proposal(region.name, spec, *family.size(spec, signature, origin)))
+                    made.append(Proposal(region.name, spec, macs, params))
         return made, skipped
 
     @staticmethod
@@ -105,6 +106,12 @@ class Propose:
                     shares[f] += 1
                     total -= 1
         return shares
+
+
+def _too_large(macs: int, region: Region) -> str:
+    """Why a candidate of so many multiplications is not worth measuring; "" if it may be."""
+    times = macs / max(region.macs, 1)
+    return f"{times:.1f}× the teacher's multiplications: cannot be faster" if times > _MAX_MACS else ""
 
 
 def spec_of(name: str, proposals: Sequence[Proposal]) -> CandidateSpec:

@@ -50,7 +50,7 @@ class Merged(DerivedFamily):
 
 
 def _unchanged(p: Mapping[str, Any]) -> bool:
-    return (float(p["keep"]), str(p["act"]), str(p["se"])) == (1.0, "same", "same")
+    return {**p, "keep": float(p["keep"])} == {**UNCHANGED, "keep": 1.0}
 
 
 def _fitting(origin: Origin) -> list[fx.GraphModule]:

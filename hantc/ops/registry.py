@@ -14,6 +14,7 @@ from torch.func import functional_call
 from hantc.core.errors import HantcError, UsageError
 from hantc.core.types import CandidateSpec, Signature
 from hantc.dialect.graph import trace
+from hantc.ops.affine import Affine
 from hantc.ops.bot_trans import BotTrans
 from hantc.ops.cb_bottle import CBBottle
 from hantc.ops.cb_res import CBRes
@@ -57,7 +58,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for famil
 """The built-in families, by name."""
 
 DERIVED: Mapping[str, DerivedFamily] = MappingProxyType(
-    {family.name: family for family in (Slim(), LowRank(), Merged())}
+    {family.name: family for family in (Slim(), LowRank(), Affine(), Merged())}
 )
 """The families that start from the teacher's own weights, by name."""
 

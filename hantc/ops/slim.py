@@ -1,4 +1,5 @@
-"""The teacher's own region, made cheaper: fewer inner channels, a simpler activation, its gate a constant."""
+"""The teacher's own region, made cheaper: fewer inner channels, smaller kernels, a simpler activation, its gate a
+constant."""
 
 from __future__ import annotations
 
@@ -23,25 +24,29 @@ from hantc.ops.refit import activations, refit
 
 SMOOTH = ("silu", "hardswish")
 KEPT = (1.0, 0.75, 0.5, 0.25)
-UNCHANGED: Mapping[str, ParamValue] = MappingProxyType({"act": "same", "se": "same"})
-"""What `act` and `se` are unless given: `act` may name an activation, `se` be "mean"."""
+UNCHANGED: Mapping[str, ParamValue] = MappingProxyType({"act": "same", "kernel": 0, "se": "same"})
+"""What these are unless given: `act` may name an activation, `kernel` be the size of the largest kernel that is
+left, `se` be "mean"."""
 
 
 class Slim(DerivedFamily):
     """Channels inside the region pruned to a share `keep` by their energy (He et al. 2017, arXiv 1707.06168:
     importance, then least squares); SiLU or HardSwish replaced by `act`; squeeze-and-excite gates replaced by
-    their mean, folded into the next convolution (`se`), so that all of it quantises. Then every convolution is
-    fitted, front to back, to the teacher's values on real activations."""
+    their mean, folded into the next convolution (`se`), so that all of it quantises; kernels larger than `kernel`
+    cut down to their middle. Then every convolution is fitted, front to back, to the teacher's values on real
+    activations (for a smaller kernel, the projection of the larger one's work onto what it can do)."""
 
     name = "slim"
     source = "channel pruning (arXiv 1707.06168); hantc"
     params = MappingProxyType({"keep": KEPT})
     options = UNCHANGED
+    start = 0.1  # near its goal from the start: over 29 regions of a ResNet-56, 40 s in all, the geometric mean of
+    # the relative errors was 0.0118 untrained, 0.0107 at 0.03, 0.0104 at 0.1, 0.0118 at 0.33
 
     def grid(self) -> list[CandidateSpec]:
         """Not every combination: what hardly saves time keeps its channels."""
         styles = [((), KEPT[1:]), (("se",), (1.0, 0.5)), (("relu",), (1.0, 0.5)), (("relu", "se"), KEPT)]
-        styles += [(("hardswish", "se"), (1.0, 0.5))]
+        styles += [(("hardswish", "se"), (1.0, 0.5)), (("k3",), (1.0,)), (("relu", "se", "k3"), KEPT)]
         return [spec_of(self.name, keep, *style) for style, kept in styles for keep in kept]
 
     def unsuited(self, spec: CandidateSpec, origin: Origin) -> str:
@@ -55,9 +60,12 @@ class Slim(DerivedFamily):
         return slimmed(self.values(spec), origin.whole, origin.samples)
 
 
+_STYLES: Mapping[str, tuple[str, ParamValue]] = MappingProxyType({"se": ("se", "mean"), "k3": ("kernel", 3)})
+
+
 def spec_of(family: str, keep: float, *style: str) -> CandidateSpec:
-    """A spec with those changes only that are asked for: an activation's name, "se"."""
-    changes: dict[str, ParamValue] = {("se" if s == "se" else "act"): ("mean" if s == "se" else s) for s in style}
+    """A spec with those changes only that are asked for: an activation's name, "se", "k3"."""
+    changes = dict(_STYLES.get(s, ("act", s)) for s in style)
     return CandidateSpec.make(family, keep=keep, **changes)
 
 
@@ -72,9 +80,13 @@ def unsuited(p: Mapping[str, Any], block: fx.GraphModule) -> str:
         return f"se={p['se']} is neither same nor mean"
     if p["se"] == "mean" and not gates(block):
         return "no squeeze-and-excite gate"
+    if p["kernel"] and (p["kernel"] < 0 or p["kernel"] % 2 == 0):
+        return f"kernel={p['kernel']} is not an odd size"
+    if p["kernel"] and not _wide(block, p["kernel"]):
+        return f"no kernel larger than {p['kernel']}"
     if keep < 1 and not _prunable(block, keep, gated=p["se"] == "same"):
         return "no channels inside that could be left out"
-    if keep == 1 and p["act"] == "same" and p["se"] == "same":
+    if {**p, "keep": keep} == {**UNCHANGED, "keep": 1.0}:
         return "the teacher itself"
     return ""
 
@@ -97,6 +109,8 @@ def slimmed(p: Mapping[str, Any], block: fx.GraphModule, samples: Tensor | None)
             swap(made, node, activation(str(p["act"])))
     if p["se"] == "mean":
         fold_gates(made, values)
+    for conv in _wide(made, p["kernel"]) if p["kernel"] else []:
+        _cut_kernel(conv, p["kernel"])
     for group in _groups(made) if float(p["keep"]) < 1 else []:
         count = _kept(group, float(p["keep"]))
         if count >= group.channels:
@@ -155,6 +169,32 @@ def _smooth(block: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:
     """Smooth activations, but for the last, which decides the range of what follows."""
     last = next(n for n in block.graph.nodes if n.op == "output").all_input_nodes[0]
     return [(n, m) for n, m in leaves(block, lambda m: activation_name(m) in SMOOTH) if n is not last]
+
+
+def _wide(block: fx.GraphModule, kernel: int) -> list[Conv]:
+    """Undilated convolutions whose kernels can be cut down to `kernel`."""
+    found = []
+    for _, leaf in leaves(block, _is_conv):
+        assert isinstance(leaf, Conv)
+        extra = [k - kernel for k in leaf.kernel]
+        if (
+            len(extra) == 2
+            and set(leaf.dilation) == {1}
+            and all(e >= 0 and e % 2 == 0 for e in extra)
+            and any(extra)
+            and all(pad >= e // 2 for pad, e in zip(leaf.pads, extra * 2, strict=True))
+        ):
+            found.append(leaf)
+    return found
+
+
+def _cut_kernel(conv: Conv, kernel: int) -> None:
+    """Leave the middle of a kernel, in place; the output keeps its size."""
+    top, left = ((k - kernel) // 2 for k in conv.kernel)
+    middle = conv.weight.detach()[:, :, top : top + kernel, left : left + kernel]
+    conv.weight = nn.Parameter(middle.clone(memory_format=torch.contiguous_format))
+    conv.kernel = (kernel, kernel)
+    conv.pads = tuple(pad - e for pad, e in zip(conv.pads, (top, left) * 2, strict=True))
 
 
 def _is_conv(leaf: nn.Module) -> bool:

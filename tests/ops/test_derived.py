@@ -116,10 +116,15 @@ def test_every_derived_candidate_runs_and_is_emitted_equal(kind: str) -> None:
                 torch.testing.assert_close(torch.from_numpy(got), made(UNSEEN[:2]), atol=1e-4, rtol=1e-4)
             macs, params = family.size(spec, signature, of)
             assert (macs, params) == (module_macs(made, SHAPE), count_params(made))
-            assert macs < module_macs(of.whole, SHAPE) or {
-                spec.kwargs.get("act", "same"),
-                spec.kwargs.get("se", "same"),
-            } != {"same"}
+            assert (
+                macs < module_macs(of.whole, SHAPE)
+                or family.name == "affine"
+                or {
+                    spec.kwargs.get("act", "same"),
+                    spec.kwargs.get("se", "same"),
+                }
+                != {"same"}
+            )
     assert seen >= (5 if kind == "basic" else 15)
 
 
@@ -295,3 +300,99 @@ def test_activations_are_kept_by_name() -> None:
     values = activations(block, UNSEEN)
     with torch.no_grad():
         assert torch.equal(values[next(n.name for n in block.graph.nodes if "final" in n.name)], block(UNSEEN))
+
+
+def test_kernels_are_cut_to_their_middle_and_fitted() -> None:
+    torch.manual_seed(0)
+    block = Gated()
+    block.depthwise = Conv(48, 48, 5, groups=48)
+    spec = CandidateSpec.make("slim", keep=1.0, kernel=3)
+    assert [s for s in Slim().grid() if s == spec]
+    cut = build(spec, Signature(SHAPE, SHAPE), origin=origin(block))
+    (small,) = [m for m in cut.modules() if isinstance(m, Conv) and is_depthwise(m)]
+    assert (small.kernel, small.pads) == ((3, 3), (1, 1, 1, 1))
+    torch.testing.assert_close(small.weight, block.depthwise.weight[:, :, 1:4, 1:4])
+    fitted = build(spec, Signature(SHAPE, SHAPE), origin=origin(block, samples=images()))
+    whole = graph(block)
+    assert error(fitted, whole, UNSEEN) < 0.6 * error(cut, whole, UNSEEN)
+
+
+def test_a_kernel_whose_ring_does_nothing_is_cut_without_loss() -> None:
+    torch.manual_seed(0)
+    block = Gated(stride=2, c_out=24)
+    block.depthwise = Conv(48, 48, 5, 2, groups=48, pads=(1, 1, 2, 2))  # asymmetric, as from TensorFlow
+    with torch.no_grad():
+        ring = torch.ones(5, 5)
+        ring[1:4, 1:4] = 0
+        block.depthwise.weight[:, :, ring.bool()] = 0
+    out = tuple(block(torch.zeros(1, *SHAPE)).shape[1:])
+    of = Origin(graph(block, SHAPE, out), (), None)
+    made = build(CandidateSpec.make("slim", keep=1.0, kernel=3), Signature(SHAPE, out), origin=of)
+    assert error(made, of.whole, UNSEEN) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"), [(3, "no kernel larger than 3"), (4, "kernel=4 is not an odd size"), (-1, "not an odd size")]
+)
+def test_kernels_that_cannot_shrink(kernel: int, why: str) -> None:
+    spec = CandidateSpec.make("slim", keep=1.0, kernel=kernel)
+    assert why in Slim().reject_origin(spec, Signature(SHAPE, SHAPE), origin(Gated()))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_affine_finds_what_is_linear(stride: int) -> None:
+    """The region computes relu(x + a convolution of it) (or, at stride 2, no x): so does what is fitted."""
+    torch.manual_seed(0)
+    block = Linearly(stride)
+    out = tuple(block(torch.zeros(1, *SHAPE)).shape[1:])
+    of = Origin(graph(block, SHAPE, out), (), images())
+    signature = Signature(SHAPE, out, "relu")
+    made = build(CandidateSpec.make("affine", k=3), signature, origin=of)
+    assert leaf_kinds(made) == (["Conv", "Add", "relu"] if stride == 1 else ["Conv", "relu"])
+    assert error(made, of.whole, UNSEEN) < 1e-3
+    worse = build(CandidateSpec.make("affine", k=1), signature, origin=of)
+    assert error(made, of.whole, UNSEEN) < error(worse, of.whole, UNSEEN) < 1
+
+
+class Linearly(nn.Module):
+    """relu(convs(x) + x), or relu(convs(x)) at a stride."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.conv, self.mix, self.act = Conv(16, 24, 3, stride), Conv(24, 16), Unary("Relu")
+        self.add = Add() if stride == 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(self.conv(x))
+        out: Tensor = self.act(y if self.add is None else self.add(y, x))
+        return out
+
+
+def test_affine_beats_doing_nothing_on_a_trained_block_like_region() -> None:
+    torch.manual_seed(0)
+    block = Basic()
+    with torch.no_grad():
+        block.b.weight.mul_(0.1)
+    whole = graph(block)
+    made = build(
+        CandidateSpec.make("affine", k=3), Signature(SHAPE, SHAPE, "relu"), origin=origin(block, samples=images())
+    )
+    nothing = error(nn.Identity(), whole, UNSEEN)
+    assert error(made, whole, UNSEEN) < 0.5 * nothing
+
+
+def test_affine_declines_what_it_would_repeat() -> None:
+    module = graph(nn.Sequential(Conv(16, 16, 3), Unary("Relu")))
+    why = DERIVED["affine"].reject_origin(
+        CandidateSpec.make("affine", k=3), Signature(SHAPE, SHAPE, "relu"), Origin(module, ())
+    )
+    assert why == "the region is one convolution already"
+
+
+@pytest.mark.parametrize(("k", "out", "why"), [(2, SHAPE, "odd"), (3, (16, 20, 18), "grows")])
+def test_affine_declines(k: int, out: tuple[int, ...], why: str) -> None:
+    module = graph(nn.Sequential(Conv(16, 16, 1), Conv(16, 16, 1)), SHAPE, out)
+    reason = DERIVED["affine"].reject_origin(
+        CandidateSpec.make("affine", k=k), Signature(SHAPE, out), Origin(module, ())
+    )
+    assert why in reason
