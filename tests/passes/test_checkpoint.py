@@ -11,7 +11,7 @@ import torch
 
 from hantc.core.store import Store
 from hantc.core.types import CandidateSpec
-from hantc.passes import finetune, training
+from hantc.passes import finetune, training, tuning
 from hantc.passes.checkpoint import KIND, Checkpoint, part_of, prefixed
 from hantc.passes.distill import Distill
 from hantc.passes.engine import TimeBox
@@ -112,14 +112,15 @@ def test_fine_tuning_goes_on_where_it_was(lab: Lab, monkeypatch: pytest.MonkeyPa
     state, ctx = lab.rewritten(), lab.fresh(effort={"finetune_epochs": 6})
     with monkeypatch.context() as m:
         m.setattr(finetune, "Checkpoint", partial(Checkpoint, every_s=0.0))
-        m.setattr(finetune, "TimeBox", dying(15))
+        m.setattr(tuning, "TimeBox", dying(15))
+        m.setattr(tuning.Tuner, "choose_rate", lambda *_: 3e-4)
         with pytest.raises(Killed):
             Finetune().call(state, ctx)
     (left,) = ctx.store.ls(KIND)
     saved = Checkpoint(ctx.store, left.key).load()
     assert saved is not None
-    monkeypatch.setattr(finetune, "_RATE", 0.0)  # what comes out is what was taken up
-    monkeypatch.setattr(finetune._Average, "update", lambda self, module: None)
+    monkeypatch.setattr(tuning.Tuner, "_step", lambda *_: True)  # what comes out is what was taken up
+    monkeypatch.setattr(tuning.Average, "update", lambda self, module: None)
     done = Finetune().call(lab.rewritten(), ctx)
     assert done.student is not None
     states = [part_of(saved.tensors, part) for part in ("best", "average")]

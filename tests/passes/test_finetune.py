@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from hantc.dialect.graph import with_taps
-from hantc.passes import finetune
+from hantc.passes import tuning
+from hantc.passes.checkpoint import Checkpoint
 from hantc.passes.engine import first_output
 from hantc.passes.finetune import Finetune
 from hantc.passes.state import State
@@ -44,10 +46,10 @@ def test_the_teacher_is_not_touched(lab: Lab) -> None:
 
 
 def test_the_best_state_is_kept_where_training_does_harm(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "_RATE", 0.1)
+    monkeypatch.setattr(tuning, "RATES", (0.1, 0.1, 0.1))
     before = distance(lab, lab.rewritten())
     after = Finetune().call(lab.rewritten(), lab.fresh(effort={"finetune_epochs": 3}))
-    assert after.history[-1]["loss"] > after.history[0]["loss"], "it did harm"
+    assert after.history[-1]["kl"] > after.history[0]["kl"], "it did harm"
     assert distance(lab, after) <= 1.5 * before
 
 
@@ -58,7 +60,7 @@ def test_a_second_call_trains_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch)
     def never(*_: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(finetune, "tune", never)
+    monkeypatch.setattr(tuning.Tuner, "train", never)
     second = Finetune().call(lab.rewritten(), ctx)
     assert first.student is not None and second.student is not None
     want, got = first.student.state_dict(), second.student.state_dict()
@@ -74,3 +76,54 @@ def test_regions_keep_their_names(lab: Lab) -> None:
     with torch.no_grad():
         _, values = with_taps(state.student, held)(lab.labelled.val.batch([0, 1])[0])
     assert [tuple(v.shape[1:]) for v in values] == [(16, 12, 12), (32, 6, 6), (32, 6, 6)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "asked"),
+    [
+        ((5.0, 4.0, 3.0, 2.0, 1.0), 4, {2, 3, 4}),
+        ((1.0, 2.0, 3.0, 4.0, 5.0), 0, {0, 1, 2, 3}),
+        ((9.0, 4.0, 3.0, 4.0, 9.0), 2, {1, 2, 3}),
+        ((9.0, 9.0, math.inf, 1.0, 2.0), 3, {2, 3, 4}),
+        ((math.inf,) * 5, 2, {1, 2, 3}),
+    ],
+)
+def test_climbing_stops_at_the_first_that_is_worse(losses: tuple[float, ...], best: int, asked: set[int]) -> None:
+    seen: set[int] = set()
+
+    def loss(i: int) -> float:
+        seen.add(i)
+        return losses[i]
+
+    assert tuning._climb(loss, 2, 5) == best
+    assert seen == asked
+
+
+def test_the_step_size_is_found_by_trying_and_trials_leave_no_trace(lab: Lab) -> None:
+    state, ctx = lab.rewritten(), lab.fresh()
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    before = {k: v.clone() for k, v in state.student.state_dict().items()}
+    assert tuner.choose_rate(1e3, 300) in tuning.RATES
+    assert all(torch.equal(v, before[k]) for k, v in state.student.state_dict().items())
+    tried = {rate: tuner._trial(rate, 1e3, 10) for rate in (3e-4, 30.0)}
+    assert tried[3e-4] < tried[30.0], "a step far too large does harm"
+    assert tuner.choose_rate(1.0, 300) == tuning.RATES[2], "no time to try"
+
+
+def test_a_resumed_training_keeps_its_step_size(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, ctx = lab.rewritten(), lab.fresh(effort={"finetune_epochs": 4})
+    assert state.student is not None and ctx.data is not None
+    checkpoint = Checkpoint(ctx.store, "ab" * 16, every_s=0.0)
+    tuning.Tuner(state, ctx, ctx.data, state.student).train(1e3, 8, checkpoint)
+    saved = checkpoint.load()
+    assert saved is not None and saved.extra["rate"] in tuning.RATES
+
+    def never(*_: object) -> float:
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr(tuning.Tuner, "choose_rate", never)
+    student = lab.rewritten().student
+    assert student is not None
+    history = tuning.Tuner(state, ctx, ctx.data, student).train(1e3, 8, checkpoint)
+    assert history[-1]["progress"] == 1.0
