@@ -1,4 +1,8 @@
-"""Score: trained candidates -> what each does to the whole network's output, alone."""
+"""Score: trained candidates -> what each does to the whole network's output, alone.
+
+Half of the images are blended (mixup): a teacher knows the images that it was trained on by heart, and what is
+made from its weights does so too, so that on those alone every such candidate looks perfect.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,14 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import subgraph, with_taps
 from hantc.passes.distill import weights_key
-from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, output_kind
+from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, mixed, output_kind
 from hantc.passes.plug import origin_for, teacher_part, trained
 from hantc.passes.state import Context, Proposal, State, WeightMap
 
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
 _BATCH = 100
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclass
@@ -44,7 +48,7 @@ class _Entry:
 
 
 class Score:
-    """Trained candidates -> rise of the network's loss when one alone is plugged in (search split)."""
+    """Trained candidates -> divergence of the network's output when one alone is plugged in (search split)."""
 
     name: ClassVar[str] = "score"
     requires: ClassVar[tuple[str, ...]] = ("network", "match", "weights", "costs")
@@ -129,9 +133,14 @@ class Score:
         base: list[Tensor] = []
         hits: list[Tensor] = []
         with ctx.reporter.bar(f"scoring {len(entries)} candidates", n) as bar, torch.no_grad():
-            for k, i in enumerate(range(0, n, _BATCH)):
-                x, y = data.search.batch(list(range(i, min(n, i + _BATCH))))
-                for loss, hit in self._batch(network, kind, entries, x, y, first=k == 0):
+            size = min(_BATCH, max(1, math.ceil(n / 2)))
+            generator = torch.Generator().manual_seed(0)
+            for k, i in enumerate(range(0, n, size)):
+                x, y = data.search.batch(list(range(i, min(n, i + size))))
+                blended = k % 2 == 1
+                if blended:
+                    x, y = mixed(x, None, generator, 1.0)
+                for loss, hit in self._batch(network, kind, entries, x, y, first=k == 0, blended=blended):
                     base.append(loss)
                     hits.append(hit)
                 bar.advance(x.shape[0])
@@ -152,6 +161,7 @@ class Score:
         y: Tensor | None,
         *,
         first: bool,
+        blended: bool,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Score every entry on one batch; yields the teacher's own (loss, hits) once."""
         taps = sorted({e.region.input for e in entries} | {e.region.output for e in entries})
@@ -170,10 +180,11 @@ class Score:
             if e.region.output not in rests:
                 rests[e.region.output] = subgraph(network, [e.region.output], names[:1])
             s = first_output(rests[e.region.output](made))
-            e.losses.append(_loss(kind, s, t, y))
+            e.losses.append(divergence(kind, s, t))
             e.hits.append(s.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0))
-            e.same.append(s.argmax(1) == t.argmax(1) if kind.classifier else torch.ones(s.shape[0]))
-        yield _loss(kind, t, t, y), (t.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0))
+            if not blended:
+                e.same.append(s.argmax(1) == t.argmax(1) if kind.classifier else torch.ones(s.shape[0]))
+        yield divergence(kind, t, t), (t.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0))
 
     @staticmethod
     def _row(e: _Entry, teacher_loss: Tensor, teacher_hits: Tensor, labelled: bool) -> ScoreRow:
@@ -209,11 +220,3 @@ def _content(weights: WeightMap) -> str:
         found.update(name.encode())
         found.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _loss(kind: OutputKind, s: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-    """The fine-tuning loss per image: KL to the teacher (or relative error), plus CE with labels."""
-    loss = divergence(kind, s, t)
-    if y is not None and kind.classifier:
-        loss = loss + F.nll_loss(kind.log_probs(s), y, reduction="none")
-    return loss

@@ -33,7 +33,7 @@ _SOLVER_S = 30.0
 _ROUNDS = 3  # of measuring students and correcting the table
 _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
-_VERSION = 8
+_VERSION = 9
 _UNUSABLE_MS = 1e8
 
 
@@ -245,7 +245,7 @@ class Select:
         return self._judge(state, ctx, self._measure(state, ctx, meter, problem, best))
 
     def _judge(self, state: State, ctx: Context, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
-        """Loss and accuracy of every student on the search split, rounded as it will run."""
+        """Divergence and accuracy of every student on the search split, rounded as it will run."""
         assert state.network is not None and ctx.data is not None
         network, data = state.network, ctx.data
         kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
@@ -259,10 +259,8 @@ class Select:
                 with observing(view), torch.no_grad():
                     view(fast_layout(data.train.batch(list(range(min(64, len(data.train)))))[0]))
                 found = judge(view)
-                labelled = not math.isnan(found["ce"])
-                loss = found["kl"] + (found["ce"] if labelled else 0.0)
-                accuracy = found["accuracy"] if labelled else 100 * found["agreement"]
-                judged.append(replace(e, loss=loss, accuracy=accuracy))
+                accuracy = 100 * found["agreement"] if math.isnan(found["accuracy"]) else found["accuracy"]
+                judged.append(replace(e, loss=found["kl"], accuracy=accuracy))
                 bar.advance()
         return judged
 

@@ -109,7 +109,7 @@ def test_without_labels_the_score_is_the_distance_from_the_teacher(lab: Lab) -> 
         assert row.agreement == sighted[key].agreement
         assert row.mse == pytest.approx(sighted[key].mse)
     bad = ("r03", STACK.name, "int8")
-    assert sighted[bad].score > blind[bad].score > 0, "labels add the rise of the cross-entropy"
+    assert sighted[bad].score == blind[bad].score > 0, "labels do not count: the teacher may know them by heart"
     # the labels are the teacher's own answers
     assert sighted[bad].accuracy_drop == pytest.approx(100 * (1 - sighted[bad].agreement))
 
