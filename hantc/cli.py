@@ -70,6 +70,7 @@ def compile_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("data")
     _data(g)
     g.add_argument("--val", metavar="PATH", help="validation images, same forms; default: from --data")
+    g.add_argument("--unlabelled", metavar="PATH", help="further images to train on, same forms; labels are not used")
     g = p.add_argument_group("what is wanted")
     g.add_argument("--budget", metavar="0.5|8ms", help="latency: share of the teacher's, or milliseconds; default 0.5")
     g.add_argument("--max-drop", metavar="0.5%", help="instead of --budget: the most accuracy to lose, in points")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from hantc.core.config import EFFORTS, CompileConfig, parse_size
 from hantc.core.errors import UsageError
@@ -17,6 +18,19 @@ from hantc.core.errors import UsageError
 DONE, MISSED = 0, 1
 _PIPE_WIDTH = 160
 _RUN = "a run folder, as --out named it"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells which option a misspelt one may have been meant for."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse, with a hint."""
+        for word in message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else ():
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            near = difflib.get_close_matches(word.split("=")[0], known, n=1) if word.startswith("-") else []
+            if near:
+                message += f"\n  hint: did you mean {near[0]}?"
+        super().error(message)
 
 
 def make_parser(prog: str, description: str, **kwargs: Any) -> argparse.ArgumentParser:
@@ -30,9 +44,7 @@ def make_parser(prog: str, description: str, **kwargs: Any) -> argparse.Argument
         highlights: ClassVar[list[str]] = []
         group_name_formatter = str.capitalize
 
-    p = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=Formatter, allow_abbrev=False, **kwargs
-    )
+    p = _Parser(prog=prog, description=description, formatter_class=Formatter, allow_abbrev=False, **kwargs)
     p.add_argument("--json", action="store_true", help="machine-readable output, and nothing else on standard output")
     return p
 

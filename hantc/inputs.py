@@ -49,7 +49,7 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
         "store_limit": lambda text: parse_size(text, "--store-limit"),
     }
     given |= {k: f(str(given[k])) for k, f in parse.items() if k in given}
-    given |= {k: os.fspath(given[k]) for k in ("data", "val", "preprocess") if k in given}
+    given |= {k: os.fspath(given[k]) for k in ("data", "val", "unlabelled", "preprocess") if k in given}
     given = {"out": path.with_suffix(".hantc"), "store": default_store(), **given}
     try:
         return CompileConfig(model=path, **given)
@@ -178,12 +178,22 @@ def _load_data(config: CompileConfig, model: ModelProto, info: ModelInfo, report
     if config.data is None:
         if config.val is not None:
             raise UsageError("--val needs --data", where=f"--val {config.val}", hint="name the training images too")
+        if config.unlabelled is not None:
+            where, hint = f"--unlabelled {config.unlabelled}", "images without labels can be --data themselves"
+            raise UsageError("--unlabelled needs --data", where=where, hint=hint)
         return None
     spec = info.inputs[0]
     preprocess = load_preprocess(config.preprocess, config.model, spec)
     classes = _classes(info)
     return load_dataset(
-        config.data, config.val, preprocess, spec, seed=config.seed, num_classes=classes, reporter=reporter
+        config.data,
+        config.val,
+        preprocess,
+        spec,
+        seed=config.seed,
+        num_classes=classes,
+        unlabelled=config.unlabelled,
+        reporter=reporter,
     )
 
 

@@ -60,7 +60,7 @@ class Run:
 
 @contextmanager
 def _process_settings() -> Iterator[None]:
-    """Give torch's thread count and random state, and the allocator's, back to whoever embeds hantc."""
+    """Give torch's thread count and random state, and freed memory, back to whoever embeds hantc."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), retained_memory():
         try:
@@ -126,7 +126,8 @@ def _data_facts(data: Dataset) -> dict[str, Any]:
     return {
         "source": data.source,
         "labelled": data.labelled,
-        "counts": {"train": len(data.train), "search": len(data.search), "val": len(data.val)},
+        "counts": {"train": len(data.train), "search": len(data.search), "val": len(data.val)}
+        | ({"unlabelled": len(data.more)} if data.more is not None else {}),
         "notes": list(data.notes),
         "fingerprint": data.fingerprint,
     }
@@ -135,7 +136,7 @@ def _data_facts(data: Dataset) -> dict[str, Any]:
 def _options(config: CompileConfig) -> dict[str, Any]:
     """What was asked for, with absolute paths, so that the run can be verified from anywhere."""
     options = config.model_dump(mode="json", exclude={"out", "store", "store_limit", "resume"}, exclude_none=True)
-    for name in ("model", "data", "val", "preprocess", "lut"):
+    for name in ("model", "data", "val", "unlabelled", "preprocess", "lut"):
         if name in options and Path(options[name]).expanduser().exists():
             options[name] = str(Path(options[name]).expanduser().absolute())
     return options
@@ -208,9 +209,9 @@ def compile(
     `model`: path of an ONNX file, or a torch module (then `example_input`, a batch of one, is needed; the
     exported teacher is kept as `teacher.onnx` in the run folder). `budget`: fraction of the teacher's latency
     (0.5) or milliseconds ("8ms"). Other options are those of the command line with underscores: `val`,
-    `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds), `precision`, `threads`, `batch`, `lut`,
-    `out`, `store`, `seed`; a module also takes `name`. Raises what the command line exits with: UsageError (2),
-    BudgetError (1), HantcError (3).
+    `unlabelled`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds), `precision`, `threads`,
+    `batch`, `lut`, `out`, `store`, `seed`; a module also takes `name`. Raises what the command line exits with:
+    UsageError (2), BudgetError (1), HantcError (3).
     """
     proto: ModelProto | None = None
     if isinstance(model, nn.Module):

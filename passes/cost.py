@@ -38,7 +38,8 @@ class Cost:
             return self._read(state, ctx, ctx.config.lut)
         meter = Meter(ctx)
         regions = {r.name: r for r in state.match.regions}
-        teacher_ms = meter.network(emit(state.network).model).median_ms
+        timing, pace = meter.network(emit(state.network).model)
+        teacher_ms = timing.median_ms
         work = [w for r in regions.values() for w in self._teacher(state, ctx, meter, r)]
         seen: dict[str, tuple[ModelProto, ModelProto | None]] = {}
         for p in state.proposals:
@@ -50,10 +51,10 @@ class Cost:
         mixed = "int8" in ctx.precisions and "fp32" in ctx.precisions
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
         glue, scale = self._glue(rows, state, teacher_ms)
-        pace = [round(p, 3) for p in meter.pace]
-        facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "pace": pace}
+        paces = [round(p, 3) for p in meter.pace]
+        facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "pace": paces}
         ctx.reporter.event("cost", rows=len(rows), **facts)
-        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale)
+        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale, pace=pace)
         return replace(state, costs=table)
 
     @staticmethod

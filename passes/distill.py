@@ -136,7 +136,9 @@ def least_costs(state: State) -> dict[tuple[str, str], float]:
 
 
 def wanted_ms(costs: CostTable, ctx: Context) -> float:
-    """The latency asked for, in milliseconds (default: half the teacher's)."""
+    """The latency asked for, in milliseconds of the table's clock (default: half the teacher's)."""
+    if ctx.config.budget is not None and ctx.config.budget.ms is not None:
+        return ctx.config.budget.ms / costs.pace
     if ctx.config.budget is not None:
         return ctx.config.budget.in_ms(costs.teacher_ms)
     return DEFAULT_BUDGET * costs.teacher_ms
@@ -151,7 +153,7 @@ def weights_key(state: State, ctx: Context, p: Proposal) -> str:
             "teacher": state.model_hash,
             "region": [region.input, region.output],
             "spec": asdict(p.spec),
-            "data": ctx.data.fingerprint,
+            "data": ctx.data.training_stamp,
             "recipe": {**RECIPE, "effort": ctx.config.effort, "limit": ctx.effort.time_limit_s},
             "seed": ctx.config.seed,
         }

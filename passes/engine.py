@@ -109,6 +109,7 @@ def augmentation(network: fx.GraphModule, data: Dataset, kind: OutputKind, batch
     return Augment(shift=shift, flip=flip)
 
 
+_MOST_MORE = 0.75  # share of batches without labels, at most
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -146,6 +147,22 @@ def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Itera
         for i in range(0, max(n - size + 1, 1), size):
             x, y = split.batch(order[i : i + size].tolist(), augment=augment, generator=generator)
             yield fast_layout(x), y
+
+
+def training_batches(
+    data: Dataset, size: int, augment: Augment | None, seed: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Endless shuffled batches of training images; with `data.more`, as many of a kind as there are images, but at
+    least a quarter of the labelled ones."""
+    own = epochs(data.train, size, augment, seed)
+    if data.more is None:
+        yield from own
+        return
+    more = epochs(data.more, size, augment, seed)
+    share = min(_MOST_MORE, len(data.more) / (len(data.more) + len(data.train)))
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield next(more if float(torch.rand((), generator=generator)) < share else own)
 
 
 class TimeBox:
@@ -200,8 +217,9 @@ class Judge:
         batch: int = 100,
         blend: bool = False,
     ) -> None:
-        self.split, self.kind, self.batch, self.blend = split, kind, batch, blend
+        self.split, self.kind, self.blend = split, kind, blend
         self.n = min(len(split), limit or len(split))
+        self.batch = min(batch, max(1, math.ceil(self.n / 2))) if blend else batch  # a small split has both kinds too
         with torch.no_grad():
             self.outputs = [first_output(teacher(x)) for x, _, _ in self._batches()]
 

@@ -32,7 +32,7 @@ class Finetune:
             {
                 "recipe": RECIPE,
                 "teacher": state.model_hash,
-                "data": ctx.data.fingerprint,
+                "data": ctx.data.training_stamp,
                 "picks": Blueprint.of(state.plan.choices).picks,
                 "start": digest({k: v.detach().contiguous().sum().item() for k, v in student.state_dict().items()}),
                 "effort": [asdict(ctx.effort), ctx.config.seed],
@@ -47,7 +47,7 @@ class Finetune:
         tuner = Tuner(state, ctx, ctx.data, student)
         effort, clock = ctx.effort, ctx.clock
         seconds = min(effort.finetune_share * clock.limit_s * 1.3, 0.85 * clock.remaining())
-        steps = effort.finetune_epochs * max(1, len(ctx.data.train) // tuner.size)
+        steps = effort.finetune_epochs * max(1, (len(ctx.data.train) + len(ctx.data.more or ())) // tuner.size)
         history = tuner.train(seconds, steps, checkpoint)
         ctx.store.put_tensors(
             "finetuned", key, {k: v.detach().contiguous().numpy() for k, v in student.state_dict().items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
@@ -130,7 +130,6 @@ class Score:
         network = fast_module(state.network)
         kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
         n = min(ctx.effort.score_images, len(data.search))
-        base: list[Tensor] = []
         hits: list[Tensor] = []
         with ctx.reporter.bar(f"scoring {len(entries)} candidates", n) as bar, torch.no_grad():
             size = min(_BATCH, max(1, math.ceil(n / 2)))
@@ -140,14 +139,12 @@ class Score:
                 blended = k % 2 == 1
                 if blended:
                     x, y = mixed(x, None, generator, 1.0)
-                for loss, hit in self._batch(network, kind, entries, x, y, first=k == 0, blended=blended):
-                    base.append(loss)
-                    hits.append(hit)
+                hits.append(self._batch(network, kind, entries, x, y, first=k == 0, blended=blended))
                 bar.advance(x.shape[0])
-        teacher_loss, teacher_hits = torch.cat(base), torch.cat(hits)
+        teacher_hits = torch.cat(hits)
         rows = []
         for e in entries:
-            row = self._row(e, teacher_loss, teacher_hits, data.labelled)
+            row = self._row(e, teacher_hits, data.labelled)
             ctx.store.put_json("score", e.key, asdict(row))
             rows.append(row)
         return rows
@@ -162,8 +159,8 @@ class Score:
         *,
         first: bool,
         blended: bool,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Score every entry on one batch; yields the teacher's own (loss, hits) once."""
+    ) -> Tensor:
+        """Score every entry on one batch; the teacher's own hits."""
         taps = sorted({e.region.input for e in entries} | {e.region.output for e in entries})
         outputs, values = with_taps(network, taps)(fast_layout(x))
         tapped = dict(zip(taps, values, strict=True))
@@ -184,12 +181,12 @@ class Score:
             e.hits.append(s.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0))
             if not blended:
                 e.same.append(s.argmax(1) == t.argmax(1) if kind.classifier else torch.ones(s.shape[0]))
-        yield divergence(kind, t, t), (t.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0))
+        return t.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0)
 
     @staticmethod
-    def _row(e: _Entry, teacher_loss: Tensor, teacher_hits: Tensor, labelled: bool) -> ScoreRow:
-        rise = torch.cat(e.losses) - teacher_loss
-        score, spread = float(rise.mean()), float(rise.std()) / math.sqrt(max(1, rise.numel()))
+    def _row(e: _Entry, teacher_hits: Tensor, labelled: bool) -> ScoreRow:
+        losses = torch.cat(e.losses)
+        score, spread = float(losses.mean()), float(losses.std()) / math.sqrt(max(1, losses.numel()))
         drop = None
         if labelled and teacher_hits.numel():
             drop = 100 * float(teacher_hits.float().mean() - torch.cat(e.hits).float().mean())

@@ -33,6 +33,7 @@ _SOLVER_S = 30.0
 _ROUNDS = 3  # of measuring students and correcting the table
 _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
+_MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
 _VERSION = 9
 _UNUSABLE_MS = 1e8
 
@@ -158,7 +159,7 @@ class Select:
             for r in state.match.regions
             if len(r.atoms) == 1
         )
-        budget = ctx.config.budget.in_ms(teacher) if ctx.config.budget else teacher
+        budget = wanted_ms(state.costs, ctx) if ctx.config.budget else teacher
         return Plan(choices, teacher, budget, 0.0, {"method": "exact rewrites only (no --data)"})
 
     @staticmethod
@@ -191,12 +192,12 @@ class Select:
         assert state.costs is not None
         fastest = solve(replace(problem, budget=1.001 * reachable(problem)[0]), gap=_GAP)
         found = self._measure(state, ctx, meter, problem, [fastest])[0]
-        teacher_ms = state.costs.teacher_ms
+        teacher_ms, pace = state.costs.teacher_ms, state.costs.pace
         ms = max(found.measured_ms, found.plan.predicted_latency_ms)
-        share = math.ceil(100 * ms / _AIM / teacher_ms) / 100
+        share = math.ceil(100 * _MARGIN * ms / _AIM / teacher_ms) / 100
         return BudgetError(
-            f"the budget of {problem.budget:.3f} ms ({problem.budget / teacher_ms:.3f} of the teacher's "
-            f"{teacher_ms:.3f} ms) cannot be met; the fastest student takes {ms:.3f} ms",
+            f"the budget of {pace * problem.budget:.3f} ms ({problem.budget / teacher_ms:.3f} of the teacher's "
+            f"{pace * teacher_ms:.3f} ms) cannot be met; the fastest student takes {pace * ms:.3f} ms",
             nearest=share,
             where="--budget",
             hint=f"--budget {min(share, 1.0):g}, or --effort thorough for more candidates",

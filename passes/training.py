@@ -21,12 +21,12 @@ from hantc.passes.engine import (
     TimeBox,
     augmentation,
     calibrate_norm,
-    epochs,
     fast_module,
     output_kind,
     relative_mse,
     set_rate,
     trainable,
+    training_batches,
 )
 from hantc.passes.state import Context
 
@@ -90,7 +90,7 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
     kind = output_kind(network, sample, data.num_classes)
     augment = augmentation(network, data, kind)
     size = min(ctx.effort.batch_size, len(data.train))
-    steps = ctx.effort.distill_epochs * max(1, len(data.train) // size)
+    steps = ctx.effort.distill_epochs * max(1, (len(data.train) + len(data.more or ())) // size)
     seconds = ctx.effort.distill_share * ctx.clock.limit_s
     rates = sorted({j.rate for j in jobs})
     groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
@@ -100,7 +100,7 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
         bar.advance(box.begun)
         done = box.begun
-        for x, _ in epochs(data.train, size, augment, ctx.config.seed):
+        for x, _ in training_batches(data, size, augment, ctx.config.seed):
             values = _activations(tapped, taps, x)
             if box.step == 0:
                 for j in jobs:

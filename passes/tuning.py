@@ -24,7 +24,6 @@ from hantc.passes.engine import (
     TimeBox,
     augmentation,
     divergence,
-    epochs,
     fast_layout,
     fast_module,
     first_output,
@@ -32,6 +31,7 @@ from hantc.passes.engine import (
     output_kind,
     relative_mse,
     set_rate,
+    training_batches,
 )
 from hantc.passes.state import Context, State
 
@@ -39,6 +39,7 @@ RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # Adam's, tried in short trainings; stud
 # want the large ones, those made from the teacher's weights are thrown off by them
 _FIRST = 2  # the one that is tried first, and taken where there is no time to try
 _TRIAL_SHARE = 0.03  # of the time and of the steps, for each that is tried
+_TRIALS = 5  # times that share is what all of them may take, evaluations included
 _LEAST_TRIAL = 1.0  # seconds: shorter ones tell nothing
 _OLD_RATE = 1.0  # share of the rate for what was the teacher's; little tried: 0.3 ended 0.7 points lower once
 _FEATURES = 1.0  # weight of the region outputs' relative error at the start; falls to zero over the first part
@@ -98,7 +99,7 @@ class Tuner:
         self.size = min(ctx.effort.batch_size, len(data.train))
         images = min(1000, 2 * ctx.effort.score_images)
         self.judge = Judge(network, data.search, self.kind, limit=images, blend=True)
-        _rounding(self.view, False)
+        _observe(self.view, data)
 
     def choose_rate(self, seconds: float, steps: int) -> float:
         """The step size whose short training brings the student nearest to the teacher: from the middle of
@@ -107,9 +108,12 @@ class Tuner:
         if share < _LEAST_TRIAL:
             return RATES[_FIRST]
         found: dict[int, float] = {}
+        deadline = time.monotonic() + _TRIALS * share  # evaluating may take longer than training
         with self.ctx.reporter.bar("trying step sizes", 1.0) as bar:
 
             def kl(i: int) -> float:
+                if i not in found and found and time.monotonic() > deadline:
+                    return math.inf
                 if i not in found:
                     found[i] = self._trial(RATES[i], share, max(5, round(_TRIAL_SHARE * steps)))
                     bar.advance(0.25)
@@ -124,22 +128,26 @@ class Tuner:
         start = copy.deepcopy(self.student.state_dict())
         average, optimizer, box = Average(self.student), self._optimizer(rate), TimeBox(seconds, steps)
         generator = torch.Generator().manual_seed(self.ctx.config.seed)
-        for x, y in epochs(self.data.train, self.size, self.augment, self.ctx.config.seed + 2):
-            if not self._step(optimizer, *mixed(x, y, generator, _MIX), box):
-                return math.inf
-            average.update(self.student)
-            if not box.advance():
-                break
-        found = self._evaluate(average)["kl"]
-        self.student.load_state_dict(start)
-        _rounding(self.view, False)
-        return found if math.isfinite(found) else math.inf
+        try:
+            for x, y in training_batches(self.data, self.size, self.augment, self.ctx.config.seed + 2):
+                if not self._step(optimizer, *mixed(x, y, generator, _MIX), box):
+                    return math.inf
+                average.update(self.student)
+                if not box.advance():
+                    break
+            found = self._evaluate(average)["kl"]
+            return found if math.isfinite(found) else math.inf
+        finally:
+            self.student.load_state_dict(start)
+            _observe(self.view, self.data)  # ranges live in the view, and may have become non-finite too
+            _rounding(self.view, False)
 
     def train(self, seconds: float, steps: int, checkpoint: Checkpoint) -> History:
         """Train from where `checkpoint` is, keep the best state; one record per evaluation."""
-        saved = checkpoint.load()
+        saved, entered = checkpoint.load(), time.monotonic()
         average, history = Average(self.student), History()
         rate = float(saved.extra["rate"]) if saved is not None else self.choose_rate(seconds, steps)
+        seconds = max(0.5 * seconds, seconds - (time.monotonic() - entered))
         best = self._resume(saved, average, history)
         optimizer = self._optimizer(rate)
         box = TimeBox(seconds, steps, begun=saved.progress if saved is not None else 0.0)
@@ -148,7 +156,7 @@ class Tuner:
             bar.advance(box.begun)
             done = box.begun
             best, checked, spent = self._check(best, average, history, box)
-            for x, y in epochs(self.data.train, self.size, self.augment, self.ctx.config.seed + 1):
+            for x, y in training_batches(self.data, self.size, self.augment, self.ctx.config.seed + 1):
                 if not self._step(optimizer, *mixed(x, y, generator, _MIX), box):
                     self.ctx.note(
                         "fine-tuning met a non-finite loss and stopped early; the best state before it is kept"
@@ -206,6 +214,7 @@ class Tuner:
         """The averaged weights on the search split, rounded as they will run; leaves them in the student."""
         self.student.load_state_dict(average.shadow)
         _observe(self.view, self.data)
+        _rounding(self.view, True)
         return self.judge(self.view)
 
     def _check(self, best: Best, average: Average, history: History, box: TimeBox) -> tuple[Best, float, float]:
@@ -226,10 +235,10 @@ class Tuner:
 
 def _climb(loss: Callable[[int], float], start: int, n: int) -> int:
     """Index of the least loss, walking from `start` to the side that gets better."""
-    best = start
+    best, least = start, loss(start)
     for step in (1, -1):
-        while 0 <= best + step < n and loss(best + step) < loss(best):
-            best += step
+        while 0 <= best + step < n and (found := loss(best + step)) < least:
+            best, least = best + step, found
         if best != start:
             break
     return best
@@ -270,4 +279,4 @@ def _rounding(view: fx.GraphModule, on: bool) -> None:
     """Switch the INT8 regions' rounding: training begins without it, which is faster and steadier."""
     for q in view.modules():
         if isinstance(q, ActivationQuant):
-            q.observing = not on
+            q.rounding = on

@@ -383,3 +383,12 @@ def test_verify_finds_a_tampered_model(cli: Cli, compiled: Compiled, tiny: Tiny,
 
 def test_errors_without_hint_stay_on_one_line() -> None:
     assert str(HantcError("failed", where="here")) == "here: failed"
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"), [("--targt=xeon", "--target"), ("--time-limt", "--time-limit"), ("--jsno", "--json")]
+)
+def test_a_misspelt_option_is_guessed(cli: Cli, tiny: Tiny, option: str, meant: str) -> None:
+    result = cli(tiny.model, option)
+    assert result.code == 2
+    assert f"hint: did you mean {meant}?" in result.err

@@ -79,6 +79,7 @@ class CompileConfig(BaseModel):
     target: str = "xeon"
     data: str | None = None
     val: str | None = None
+    unlabelled: str | None = None
     preprocess: str | None = None
     budget: Budget | None = None
     max_drop: float | None = None

@@ -197,6 +197,7 @@ class CostTable:
     transitions: tuple[tuple[Shape, float], ...] = ()
     scale: float = 1.0  # in-network latency over stand-alone latency, fitted on measured networks
     skipped: tuple[tuple[str, str, str, str], ...] = ()  # region, candidate, precision, reason
+    pace: float = 1.0  # milliseconds of the clock on the wall, when the teacher was timed, in one of the table's
 
     def by_key(self) -> dict[tuple[str, str, str], CostRow]:
         """Rows by (region, candidate, precision)."""
@@ -207,8 +208,8 @@ class CostTable:
 class ScoreRow:
     """How much the network suffers when one candidate alone is plugged in (search split).
 
-    `score` is the rise of the fine-tuning loss (KL to the teacher, plus CE with labels); lower is better, 0 for
-    the teacher. `stderr` is its standard error over images.
+    `score` is the divergence of the network's output from the teacher's (KL for classifiers), on images half of
+    which are blended; lower is better, 0 for the teacher. `stderr` is its standard error over images.
     """
 
     region: str

@@ -109,7 +109,8 @@ class Dataset:
 
     `labelled`: all three have labels (validation alone may have them while this is False). `num_classes`:
     the model's if known, else what the labels show, else None. `fingerprint`: hash of names, sizes and
-    times (or array bytes), preprocessing, seed and limit. `notes`: what the user should be told.
+    times (or array bytes), preprocessing, seed and limit. `notes`: what the user should be told. `more`: further
+    images to train on, without labels, none of them in `search` or `val`.
     """
 
     train: Split
@@ -120,6 +121,13 @@ class Dataset:
     fingerprint: str
     source: str
     notes: tuple[str, ...] = ()
+    more: Split | None = None
+    more_stamp: str = ""
+
+    @property
+    def training_stamp(self) -> str:
+        """Hash of all that training depends on."""
+        return digest([self.fingerprint, self.more_stamp]) if self.more is not None else self.fingerprint
 
 
 def load_dataset(
@@ -131,13 +139,15 @@ def load_dataset(
     seed: int,
     num_classes: int | None,
     limit: int | None = None,
+    unlabelled: str | None = None,
     reporter: Reporter,
 ) -> Dataset:
     """Read what `--data` and `--val` name and split it.
 
     Validation is `--val`, else the data's own val part, else a fifth of the data. `limit` caps the images
-    of train and search together, and those of validation, drawn by class. Raises DataError, naming the
-    file, for anything that cannot be the model's input.
+    of train and search together, those of validation, drawn by class, and those of `unlabelled`, which names
+    further training images (their labels, if any, are not used). Raises DataError, naming the file, for anything
+    that cannot be the model's input.
     """
     train_source, val_source, notes = _open(data, val)
     n = len(train_source)
@@ -163,6 +173,14 @@ def load_dataset(
         notes.append(f"no preprocessing given: pixels are scaled by {preprocess.scale:.4g}, without mean and std")
     val_split = Split(fitted_val.images, np.arange(len(fitted_val.rows)), _take(val_source.y, fitted_val), preprocess)
     train, search = _split_train(fitted_train, val_split, train_source, preprocess, seed, notes)
+    more, stamp = None, ""
+    if unlabelled is not None:
+        extra, _, extra_notes = _open_path(unlabelled, "--unlabelled")
+        if extra is None:
+            raise DataError("has x_val but no x", where=unlabelled, hint="store the training images as x")
+        notes += [*extra_notes, *extra.notes]
+        loaded, stamp = pool(extra, np.arange(len(extra)), "unlabelled"), extra.stamp
+        more = _apart(loaded, (val_split, search), extra, preprocess, seed, notes)
     classes = num_classes if num_classes is not None else _count_classes(train_source, val_source)
     content = {
         "train": train_source.stamp,
@@ -181,6 +199,8 @@ def load_dataset(
         fingerprint=digest(content),
         source=data if val is None else f"{data}, validation {val}",
         notes=tuple(dict.fromkeys(notes)),
+        more=more,
+        more_stamp=stamp,
     )
 
 
@@ -307,6 +327,23 @@ def _split_train(
     order = mingle(len(apart), everything.y, np.random.default_rng((seed, _SEED_SEARCH)))
     size = search_size(len(apart))
     return everything.subset(order[size:]), everything.subset(order[:size])
+
+
+def _apart(
+    loaded: Loaded, kept: Sequence[Split], source: Source, preprocess: Preprocess, seed: int, notes: list[str]
+) -> Split:
+    """All of `loaded` that is in none of the splits `kept`, at random, without labels."""
+    apart = np.arange(len(loaded.rows))
+    if (loaded.images.dtype, loaded.images.shape[1:]) != (kept[0].images.dtype, kept[0].images.shape[1:]):
+        notes.append(f"{source.where}: of another kind than --data, so validation images in it were not found")
+    for split in kept:
+        apart = np.intersect1d(apart, not_in(loaded.images, split.images[split.rows]))
+    if repeated := len(loaded.rows) - len(apart):
+        notes.append(f"{source.where}: {repeated} image(s) are also in validation or search and are left out")
+    if not len(apart):
+        raise DataError("no image is left", where=source.where, hint="give images that are not in --data already")
+    order = mingle(len(apart), None, np.random.default_rng((seed, _SEED_SEARCH)))
+    return Split(loaded.images, np.arange(len(loaded.rows)), None, preprocess).subset(apart[order])
 
 
 def _count_classes(*sources: Source) -> int | None:

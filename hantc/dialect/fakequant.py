@@ -27,7 +27,8 @@ def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
 
 
 class ActivationQuant(nn.Module):
-    """Asymmetric 8-bit rounding of a tensor over the range seen while observing."""
+    """Asymmetric 8-bit rounding of a tensor over the range seen while observing. With `rounding` off it is the
+    identity and costs nothing: looking for ranges reads every activation twice."""
 
     low: Tensor
     high: Tensor
@@ -36,13 +37,19 @@ class ActivationQuant(nn.Module):
         super().__init__()
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
-        self.observing = True
+        self.observing, self.rounding = True, True
+
+    @property
+    def active(self) -> bool:
+        """Whether values are rounded now."""
+        return self.rounding and not self.observing
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape; the identity while observing."""
+        """Same shape; the identity while observing, or with `rounding` off."""
         if self.observing:
             self.low = torch.minimum(self.low, x.detach().amin())
             self.high = torch.maximum(self.high, x.detach().amax())
+        if not self.active:
             return x
         scale = ((self.high - self.low) / 255).clamp_min(1e-12)
         zero = torch.round(-self.low / scale).to(torch.int32)
@@ -60,7 +67,7 @@ class QuantizedProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the leaf."""
         x = self.input(x)
-        weight = self.leaf.weight if self.input.observing else quantize_weight(self.leaf.weight, bits=self.bits)
+        weight = quantize_weight(self.leaf.weight, bits=self.bits) if self.input.active else self.leaf.weight
         out: Tensor = torch.func.functional_call(self.leaf, {"weight": weight}, (x,))
         return out
 

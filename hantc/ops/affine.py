@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from types import MappingProxyType
 
 from torch import Tensor, fx, nn
 
 from hantc.core.types import CandidateSpec, Signature
-from hantc.dialect.activation import activation, activation_name
+from hantc.dialect.activation import activation_name
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Add
 from hantc.dialect.graph import trace
@@ -51,31 +52,31 @@ class Affine(DerivedFamily):
         if x is not None:
             wanted = activations(origin.whole, x)[last.name]
             fit_conv(conv, x, wanted - x if same else wanted)
-        return trace(_Affine(conv, act, same).eval(), signature.in_shape, signature.out_shape)
+        return trace(_Affine(conv, copy.deepcopy(act), same).eval(), signature.in_shape, signature.out_shape)
 
 
 class _Affine(nn.Module):
-    def __init__(self, conv: Conv, act: str, same: bool) -> None:
+    def __init__(self, conv: Conv, act: nn.Module | None, same: bool) -> None:
         super().__init__()
         self.conv = conv
         self.add = Add() if same else None
-        self.act = activation(act) if act else None
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W')."""
         y: Tensor = self.conv(x)
         y = y if self.add is None else self.add(y, x)
-        return y if self.act is None else self.act(y)
+        out: Tensor = y if self.act is None else self.act(y)
+        return out
 
 
-def _ending(block: fx.GraphModule) -> tuple[fx.Node, str]:
-    """The node whose value to fit, and the activation behind it ("" if none)."""
+def _ending(block: fx.GraphModule) -> tuple[fx.Node, nn.Module | None]:
+    """The node whose value to fit, and the activation behind it."""
     node = next(n for n in block.graph.nodes if n.op == "output").all_input_nodes[0]
     leaf = block.get_submodule(str(node.target)) if node.op == "call_module" else None
-    name = activation_name(leaf) if leaf is not None else ""
-    if not name or len(node.all_input_nodes) != 1:
-        return node, ""
-    return node.all_input_nodes[0], name
+    if not activation_name(leaf) or len(node.all_input_nodes) != 1:
+        return node, None
+    return node.all_input_nodes[0], leaf
 
 
 def _signature(block: fx.GraphModule) -> Signature:

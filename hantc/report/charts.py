@@ -195,7 +195,7 @@ def _panel_look(ax: Axes, max_score: float, min_score: float) -> None:
     ax.grid()
     ax.tick_params(length=0)
     ax.set_xlabel("latency / teacher's", fontsize=8, labelpad=1)
-    ax.set_ylabel("score (loss rise)", fontsize=8, labelpad=1)
+    ax.set_ylabel("score (divergence)", fontsize=8, labelpad=1)
 
 
 def front(solutions: Sequence[Solution], budget_ms: float | None) -> Markup | None:

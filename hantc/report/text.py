@@ -88,7 +88,7 @@ def fmt_points(value: float | None) -> str:
 
 
 def fmt_score(value: float | None) -> str:
-    """A score (rise of the loss) with three significant digits."""
+    """A score (divergence from the teacher) with three significant digits."""
     value = finite(value)
     if value is None:
         return NA

@@ -14,7 +14,7 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Item:
-    """One (region, candidate, precision) that may be picked. `score`: rise of the loss (lower is better);
+    """One (region, candidate, precision) that may be picked. `score`: what it costs in accuracy (lower is better);
     `cost`: milliseconds; `atoms`: the smallest regions that it covers, several for a span."""
 
     region: str

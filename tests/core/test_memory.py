@@ -13,11 +13,11 @@ from hantc.core import memory
 
 
 def _faults() -> int:
-    """Page faults of allocating and filling 32 MB ten times."""
-    torch.ones(8 << 20)
+    """Page faults of allocating and filling 64 MB ten times."""
+    torch.ones(16 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.ones(8 << 20)
+        torch.ones(16 << 20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
@@ -33,7 +33,8 @@ def test_memory_is_reused_inside_and_given_back_behind() -> None:
     assert _faults() > 1000
 
 
-def test_settings_go_back_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(memory._mallopt() is None, reason="not glibc")
+def test_settings_change_back_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
 
     def record(parameter: int, value: int) -> int:
@@ -43,7 +44,23 @@ def test_settings_go_back_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory, "_mallopt", lambda: record)
     with pytest.raises(ZeroDivisionError), memory.retained_memory():
         raise ZeroDivisionError
-    assert [v for _, v in seen] == [1 << 30] * 2 + [128 << 10] * 2
+    assert seen == [(-3, 1 << 30), (-1, 1 << 30), (-3, 32 << 20), (-1, 64 << 20)]
+
+
+@pytest.mark.skipif(memory._mallopt() is None, reason="not glibc")
+def test_an_older_glibc_is_asked_for_less_or_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = [(-3, 1 << 30), (-3, 32 << 20)]
+    for most, wanted in ((32 << 20, [*tried, (-1, 1 << 30)]), (0, tried)):
+        seen: list[tuple[int, int]] = []
+
+        def refuse(parameter: int, value: int, most: int = most, seen: list[tuple[int, int]] = seen) -> int:
+            seen.append((parameter, value))
+            return int(parameter == -1 or value <= most)
+
+        monkeypatch.setattr(memory, "_mallopt", lambda refuse=refuse: refuse)
+        with memory.retained_memory():
+            assert seen == wanted
+        assert len(seen) == len(wanted) + (2 if most else 0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="CDLL(None) needs a name there")

@@ -282,3 +282,26 @@ def test_damaged_files(tmp_path: Path, kind: str) -> None:
 def test_synthetic_is_not_built_yet() -> None:
     with pytest.raises(DataError, match="not built yet"):
         load("synthetic")
+
+
+def test_unlabelled_images_are_kept_apart_from_what_judges(tmp_path: Path) -> None:
+    x, y = pixels(400), np.arange(400) % 10
+    plain = load(npz(tmp_path, x=x, y=y))
+    more = np.concatenate([pixels(50, seed=9), x])  # all of --data again, and fifty others
+    np.savez(tmp_path / "more.npz", x=more, y=np.zeros(450, np.int64))
+    d = load(str(tmp_path / "d.npz"), unlabelled=str(tmp_path / "more.npz"))
+    assert plain.more is None and d.more is not None
+    assert d.more.y is None
+    assert rows_of(d.more) == {r.tobytes() for r in more} - rows_of(d.search) - rows_of(d.val)
+    assert any("also in validation or search" in note for note in d.notes)
+    assert d.fingerprint == plain.fingerprint == plain.training_stamp, "verifying needs no further images"
+    assert d.training_stamp != plain.training_stamp
+
+
+def test_unlabelled_images_must_be_others(tmp_path: Path) -> None:
+    d = load(npz(tmp_path, x=pixels(100)))
+    np.savez(tmp_path / "more.npz", x=d.search.images[d.search.rows])
+    with pytest.raises(DataError, match="no image is left"):
+        load(str(tmp_path / "d.npz"), unlabelled=str(tmp_path / "more.npz"))
+    with pytest.raises(DataError, match="--unlabelled nowhere"):
+        load(str(tmp_path / "d.npz"), unlabelled="nowhere")

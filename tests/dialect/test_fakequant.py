@@ -236,3 +236,17 @@ def test_training_through_it_lowers_the_rounded_loss(network: fx.GraphModule) ->
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_rounding_can_be_off_without_looking_for_ranges(network: fx.GraphModule) -> None:
+    made = calibrated(network, images())
+    quants = [m for m in made.modules() if isinstance(m, ActivationQuant)]
+    before, x = [(float(q.low), float(q.high)) for q in quants], 10 * images(16, 1)
+    rounded = run(made, x)
+    for q in quants:
+        q.rounding = False
+    assert torch.equal(run(made, x), run(network, x))
+    assert [(float(q.low), float(q.high)) for q in quants] == before
+    for q in quants:
+        q.rounding = True
+    assert torch.equal(run(made, x), rounded)

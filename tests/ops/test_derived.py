@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from hantc.core.errors import HantcError
 from hantc.core.types import CandidateSpec, Signature
-from hantc.dialect.activation import Silu, Unary, activation_name
+from hantc.dialect.activation import LeakyRelu, Silu, Unary, activation_name
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Add, Mul
 from hantc.dialect.emitter import emit
@@ -396,3 +396,11 @@ def test_affine_declines(k: int, out: tuple[int, ...], why: str) -> None:
         CandidateSpec.make("affine", k=k), Signature(SHAPE, out), Origin(module, ())
     )
     assert why in reason
+
+
+def test_affine_keeps_the_activation_with_its_parameters() -> None:
+    leaky = LeakyRelu(0.2)
+    block = graph(nn.Sequential(Conv(16, 16, 3), Conv(16, 16, 1), leaky))
+    made = build(CandidateSpec.make("affine", k=3), Signature(SHAPE, SHAPE, "leakyrelu"), origin=Origin(block, ()))
+    (found,) = [m for m in made.modules() if isinstance(m, LeakyRelu)]
+    assert vars(found)["alpha"] == 0.2 and found is not leaky

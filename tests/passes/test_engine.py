@@ -35,6 +35,7 @@ from hantc.passes.engine import (
     relative_mse,
     set_rate,
     trainable,
+    training_batches,
 )
 
 if TYPE_CHECKING:
@@ -355,3 +356,16 @@ def test_the_judge_without_labels_and_with_a_limit(lab: Lab) -> None:
     assert found["agreement"] == 1.0, "of the ten, not of the split"
     values = Judge(network, lab.labelled.search, replace(LOGITS, classifier=False))(network)
     assert values["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_batches_without_labels_are_mixed_in_by_their_number(lab: Lab) -> None:
+    def labelled_share(data: Dataset) -> float:
+        taken = itertools.islice(training_batches(data, 8, None, 0), 200)
+        return sum(y is not None for _, y in taken) / 200
+
+    train, few = lab.labelled.train, lab.plain.train.subset(range(20))
+    assert len(train) > 60
+    assert labelled_share(lab.labelled) == 1
+    assert 0.6 < labelled_share(replace(lab.labelled, more=few)) < 1
+    many = lab.plain.train.subset(list(range(len(train))) * 20)
+    assert 0.15 < labelled_share(replace(lab.labelled, more=many)) < 0.35, "a quarter keeps its labels"

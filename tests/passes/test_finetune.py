@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -127,3 +128,42 @@ def test_a_resumed_training_keeps_its_step_size(lab: Lab, monkeypatch: pytest.Mo
     assert student is not None
     history = tuning.Tuner(state, ctx, ctx.data, student).train(1e3, 8, checkpoint)
     assert history[-1]["progress"] == 1.0
+
+
+def test_a_trial_that_blows_up_is_undone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, ctx = lab.rewritten(), lab.fresh()
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    before = {k: v.clone() for k, v in state.student.state_dict().items()}
+    step, steps = tuner._step, []
+
+    def wreck(*args: Any) -> bool:
+        steps.append(step(*args))
+        with torch.no_grad():
+            next(iter(state.student.parameters())).fill_(math.nan)  # type: ignore[union-attr]
+        return len(steps) < 3
+
+    monkeypatch.setattr(tuner, "_step", wreck)
+    assert tuner._trial(1e-3, 1e3, 10) == math.inf
+    assert len(steps) == 3
+    assert all(torch.equal(v, before[k]) for k, v in state.student.state_dict().items())
+    monkeypatch.setattr(tuner, "_step", step)
+    assert math.isfinite(tuner._trial(1e-4, 1e3, 10)), "nor are the ranges spoilt"
+
+
+def test_trials_end_when_evaluating_takes_too_long(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, ctx = lab.rewritten(), lab.fresh()
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    tried: list[float] = []
+
+    def slow(rate: float, seconds: float, steps: int) -> float:
+        tried.append(rate)
+        now[0] += 1000.0
+        return 1.0 / len(tried)  # ever better
+
+    now = [0.0]
+    monkeypatch.setattr(tuner, "_trial", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert tuner.choose_rate(100.0, 300) == tuning.RATES[2]
+    assert tried == [tuning.RATES[2]]

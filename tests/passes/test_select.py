@@ -86,7 +86,7 @@ def test_both_precisions_together(lab: Lab) -> None:
     assert {c.precision for c in plan.choices} & {"int8"}, "INT8 costs a quarter here and nearly nothing in accuracy"
     (chosen,) = [e for e in state.evaluated if e.chosen]
     assert chosen.measured_ms <= 1.02 * plan.budget_ms
-    assert chosen.accuracy is not None and chosen.accuracy > 90
+    assert chosen.accuracy is not None and chosen.accuracy > 80, "of few images: the others are blended"
     assert all(c.runner_up for c in plan.choices)
     assert "seconds" in plan.solver
 

@@ -4,8 +4,10 @@
 
 The machine is `roofline`, so that costs are the same in every run; training ends by steps, not by the clock.
 Each time: a fresh store, SIGKILL after a random share of an undisturbed run's time, then the same command again
-to its end. The plan must be that of the undisturbed run, and nothing that was in the store may have been written
-anew. Prints one line a kill; exit code 1 if any differs.
+to its end. The plan, the student's size and its figures must be those of the undisturbed run, and nothing that
+was in the store may have been written anew. (Training of this size lasts less than the minute between two
+checkpoints, so that it is done again; tests/passes/test_checkpoint.py takes up half a training.) Prints one line a
+kill; exit code 1 if any differs.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,16 +100,16 @@ def contents(store: Path) -> dict[str, int]:
     the time, for the least recently used go first)."""
     files = [p for p in store.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors")]
     return {
-        str(p.relative_to(store)): p.stat().st_mtime_ns
-        for p in files
-        if p.relative_to(store).parts[0] not in _REWRITTEN
+        str(p.relative_to(store)): p.stat().st_ino for p in files if p.relative_to(store).parts[0] not in _REWRITTEN
     }
 
 
-def plan_of(place: Path) -> Any:
-    """What the run decided, without the solver's seconds."""
+def outcome(place: Path) -> Any:
+    """What the run decided, without the solver's seconds, and what came of it."""
     plan = json.loads((place / "run" / "plan.json").read_text())
-    return {k: v for k, v in plan.items() if k != "solver"}
+    summary = json.loads((place / "run" / "summary.json").read_text())
+    figures = [summary["accuracy_drop"], summary["agreement"], summary["student"]["size_bytes"]]
+    return {k: v for k, v in plan.items() if k != "solver"}, figures
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,26 +126,29 @@ def main(argv: Sequence[str]) -> int:
         if not (whole / "run" / "plan.json").exists():
             print(f"the undisturbed run ended with {code} and left no plan", file=sys.stderr)
             return 3
-        wanted, units = plan_of(whole), Counter(Path(name).parts[0] for name in contents(whole / "store"))
+        wanted, units = outcome(whole), Counter(Path(name).parts[0] for name in contents(whole / "store"))
         print(f"undisturbed: {seconds:.0f} s; {', '.join(f'{n} {kind}' for kind, n in sorted(units.items()))}")
-        bad = 0
-        for i in range(args.kills):
-            place = Path(folder) / f"k{i}"
+        bad = done = 0
+        while done < args.kills:
+            place = Path(folder) / f"k{done}"
             after = rng.uniform(0.05, 1.0) * seconds
-            killed = run(command(model, data, place), after)[0] == -signal.SIGKILL
+            if run(command(model, data, place), after)[0] != -signal.SIGKILL:
+                print(f"ended before {after:.1f} s: does not count", flush=True)
+                shutil.rmtree(place)
+                seconds *= 0.9
+                continue
+            done += 1
             before = contents(place / "store") if (place / "store").exists() else {}
             again, took = run(command(model, data, place))
             now = contents(place / "store")
             redone = [name for name, at in before.items() if now.get(name) != at]
-            same = again == code and plan_of(place) == wanted
+            same = again == code and outcome(place) == wanted
             bad += not same or bool(redone)
-            verdict = "same plan" if same else "OTHER PLAN"
-            how = f"killed at {after:.1f} s" if killed else f"ended before {after:.1f} s"
-            print(
-                f"{i + 1}: {how}, {len(before)} kept, {len(redone)} redone, resumed in {took:.1f} s, {verdict}",
-                flush=True,
-            )
-    print(f"{args.kills - bad} of {args.kills} as undisturbed")
+            verdict = "same outcome" if same else "OTHER OUTCOME"
+            facts = f"{len(before)} kept, {len(redone)} redone, resumed in {took:.1f} s"
+            print(f"{done}: killed at {after:.1f} s, {facts}, {verdict}", flush=True)
+            shutil.rmtree(place)
+    print(f"{done - bad} of {done} as undisturbed")
     return 1 if bad else 0
 
 
