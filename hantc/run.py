@@ -95,7 +95,9 @@ def profile_config(config: CompileConfig, reporter: Reporter) -> tuple[CostTable
 def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summary:
     assert state.summary is not None and state.plan is not None and state.match is not None
     device, config = ctx.capabilities.device, ctx.config
-    facts = {k: v for k, v in state.summary.items() if k not in ("kept_original", "max_relative_difference")}
+    facts = {
+        k: v for k, v in state.summary.items() if k not in ("kept_original", "max_relative_difference", "timing_note")
+    }
     return Summary.model_validate(
         {
             "hantc_version": hantc.__version__,

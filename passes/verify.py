@@ -24,7 +24,7 @@ from hantc.dialect.qdq import QuantSpec, quantize_whole
 from hantc.passes.assemble import calibration_feeds
 from hantc.passes.state import Context, State
 
-_VERSION = 5
+_VERSION = 6
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
 
@@ -62,6 +62,8 @@ class Verify:
         stored = ctx.store.get_json("verify", key)
         if stored is not None:
             emitted = state.model if stored["kept_original"] else state.emitted
+            if stored["timing_note"]:
+                ctx.note(stored["timing_note"])
             return replace(state, summary=stored, emitted=emitted)
         baseline, reason = self._baseline(state, ctx)
         networks = [state.model, state.emitted] + ([baseline] if baseline is not None else [])
@@ -73,7 +75,10 @@ class Verify:
             emitted, kept_original = state.model, True
             timings[1] = timings[0]
         facts = self._facts(state, ctx, [networks[0], emitted, *networks[2:]], timings, clock.median_ms)
-        facts |= {"baseline_int8_reason": reason, "kept_original": kept_original}
+        note = self._restless([*timings, clock])
+        if note:
+            ctx.note(note)
+        facts |= {"baseline_int8_reason": reason, "kept_original": kept_original, "timing_note": note}
         if ctx.capabilities.measures:
             ctx.store.put_json("verify", key, facts)
         return replace(state, summary=facts, emitted=emitted)
@@ -108,13 +113,18 @@ class Verify:
         for teacher, other in pairs:
             pace = first.median_ms / teacher.median_ms
             timings.append(replace(other, median_ms=other.median_ms * pace, iqr_ms=other.iqr_ms * pace))
-        spread = max(t.iqr_ms / max(t.median_ms, 1e-9) for t in timings)
-        if spread > _RESTLESS:
-            ctx.note(
-                f"the machine was restless while the files were timed (quartiles {100 * spread:.0f} % apart): "
-                "latencies are less certain; `hantc verify` measures again"
-            )
         return timings
+
+    @staticmethod
+    def _restless(timings: Sequence[Timing]) -> str:
+        """A note where the latencies spread widely, else ""."""
+        spread = max(t.iqr_ms / max(t.median_ms, 1e-9) for t in timings)
+        if spread <= _RESTLESS:
+            return ""
+        return (
+            f"the machine was restless while the files were timed (quartiles {100 * spread:.0f} % apart): "
+            "latencies are less certain; `hantc verify` measures again"
+        )
 
     def _facts(
         self,
