@@ -202,10 +202,25 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group.setdefault("base", group["lr"]) * factor
 
 
+def judging_batches(
+    split: Split, n: int, size: int = 100, *, blend: bool
+) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
+    """(images, labels, whether blended) of the first `n` images in batches of `size`. With `blend`, every second
+    batch is blended (mixup, the same blends each time) and has no labels: a teacher knows the images that it was
+    trained on by heart, so that they tell little of how a student does on others."""
+    size = min(size, max(1, math.ceil(n / 2))) if blend else size  # a small split has both kinds too
+    generator = torch.Generator().manual_seed(0)
+    for k, i in enumerate(range(0, n, size)):
+        x, y = split.batch(list(range(i, min(n, i + size))))
+        blended = blend and k % 2 == 1
+        if blended:
+            x, y = mixed(x, None, generator, 1.0)
+        yield fast_layout(x), y, blended
+
+
 class Judge:
-    """Evaluates networks on one split against one teacher, whose outputs are computed once. With `blend`, every
-    second batch is blended (mixup, the same blends each time): a teacher is sure of the images that it was
-    trained on, so that they tell little of how a student does on others."""
+    """Evaluates networks on one split against one teacher, whose outputs are computed once; `blend` as
+    `judging_batches`."""
 
     def __init__(
         self,
@@ -217,20 +232,13 @@ class Judge:
         batch: int = 100,
         blend: bool = False,
     ) -> None:
-        self.split, self.kind, self.blend = split, kind, blend
+        self.split, self.kind, self.batch, self.blend = split, kind, batch, blend
         self.n = min(len(split), limit or len(split))
-        self.batch = min(batch, max(1, math.ceil(self.n / 2))) if blend else batch  # a small split has both kinds too
         with torch.no_grad():
             self.outputs = [first_output(teacher(x)) for x, _, _ in self._batches()]
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
-        generator = torch.Generator().manual_seed(0)
-        for i in range(0, self.n, self.batch):
-            x, y = self.split.batch(list(range(i, min(self.n, i + self.batch))))
-            blended = self.blend and i // self.batch % 2 == 1
-            if blended:
-                x, y = mixed(x, None, generator, 1.0)
-            yield fast_layout(x), y, blended
+        return judging_batches(self.split, self.n, self.batch, blend=self.blend)
 
     def __call__(self, module: nn.Module) -> dict[str, float]:
         """Mean CE (nan without labels), KL or divergence, accuracy in percent (nan), agreement; all but the

@@ -22,13 +22,12 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import subgraph, with_taps
 from hantc.passes.distill import weights_key
-from hantc.passes.engine import OutputKind, divergence, fast_layout, fast_module, first_output, mixed, output_kind
+from hantc.passes.engine import OutputKind, divergence, fast_module, first_output, judging_batches, output_kind
 from hantc.passes.plug import origin_for, teacher_part, trained
 from hantc.passes.state import Context, Proposal, State, WeightMap
 
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
-_BATCH = 100
 _VERSION = 5
 
 
@@ -132,14 +131,8 @@ class Score:
         n = min(ctx.effort.score_images, len(data.search))
         hits: list[Tensor] = []
         with ctx.reporter.bar(f"scoring {len(entries)} candidates", n) as bar, torch.no_grad():
-            size = min(_BATCH, max(1, math.ceil(n / 2)))
-            generator = torch.Generator().manual_seed(0)
-            for k, i in enumerate(range(0, n, size)):
-                x, y = data.search.batch(list(range(i, min(n, i + size))))
-                blended = k % 2 == 1
-                if blended:
-                    x, y = mixed(x, None, generator, 1.0)
-                hits.append(self._batch(network, kind, entries, x, y, first=k == 0, blended=blended))
+            for x, y, blended in judging_batches(data.search, n, blend=True):
+                hits.append(self._batch(network, kind, entries, x, y, first=not hits, blended=blended))
                 bar.advance(x.shape[0])
         teacher_hits = torch.cat(hits)
         rows = []
@@ -162,7 +155,7 @@ class Score:
     ) -> Tensor:
         """Score every entry on one batch; the teacher's own hits."""
         taps = sorted({e.region.input for e in entries} | {e.region.output for e in entries})
-        outputs, values = with_taps(network, taps)(fast_layout(x))
+        outputs, values = with_taps(network, taps)(x)
         tapped = dict(zip(taps, values, strict=True))
         t = first_output(outputs)
         names = [a.name for a in next(n for n in network.graph.nodes if n.op == "output").all_input_nodes]

@@ -140,7 +140,6 @@ class Tuner:
         finally:
             self.student.load_state_dict(start)
             _observe(self.view, self.data)  # ranges live in the view, and may have become non-finite too
-            _rounding(self.view, False)
 
     def train(self, seconds: float, steps: int, checkpoint: Checkpoint) -> History:
         """Train from where `checkpoint` is, keep the best state; one record per evaluation."""
@@ -169,7 +168,6 @@ class Tuner:
                 if not more or time.monotonic() - checked > max(_CHECK_SHARE * spent, seconds / _CHECKS):
                     best, checked, spent = self._check(best, average, history, box)
                     _observe(self.view, self.data)
-                    _rounding(self.view, box.progress >= _ROUND_FROM)
                 if not more:
                     break
                 if checkpoint.due():
@@ -229,7 +227,6 @@ class Tuner:
         if found["kl"] < best[0]:
             best = (found["kl"], copy.deepcopy(average.shadow))
         self.student.load_state_dict(own)
-        _rounding(self.view, False)
         return best, time.monotonic(), time.monotonic() - begun
 
 

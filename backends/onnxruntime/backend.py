@@ -82,8 +82,13 @@ class OnnxRuntimeBackend:
         HantcError if an artefact was built for other threads than the protocol's, has no timing feeds, or
         fails while it runs.
         """
+        for a in artefacts:
+            if a.handle.threads != protocol.threads:
+                raise HantcError(
+                    f"an artefact built for {a.handle.threads} thread(s) cannot be timed at {protocol.threads}"
+                )
         try:
-            return measure_interleaved([_bound_run(a, protocol) for a in artefacts], protocol)
+            return measure_interleaved([bound_run(a) for a in artefacts], protocol)
         except HantcError:
             raise
         except Exception as e:  # onnxruntime's own exceptions share no base class
@@ -118,13 +123,12 @@ def _session(data: bytes, threads: int, *, optimise: bool = True) -> Any:
         raise ModelError(f"ONNX Runtime does not take the model: {_first_line(e)}") from e
 
 
-def _bound_run(artefact: Artefact, protocol: Protocol) -> Callable[[], object]:
-    """A call that runs the artefact once. Through an IOBinding: 6 µs a call against 13 µs of `session.run`."""
+def bound_run(artefact: Artefact) -> Callable[[], object]:
+    """A call that runs the artefact once on its timing feeds. Through an IOBinding: 6 µs a call against 13 µs of
+    `session.run`. ModelError if it has no feeds."""
     handle: _Handle = artefact.handle
     if handle.no_feeds:
         raise ModelError(f"the model cannot be timed: {handle.no_feeds}")
-    if handle.threads != protocol.threads:
-        raise HantcError(f"an artefact built for {handle.threads} thread(s) cannot be timed at {protocol.threads}")
     session = handle.session
     binding = session.io_binding()
     for name, array in artefact.feeds.items():

@@ -282,8 +282,10 @@ def test_the_wanted_latency() -> None:
         def __init__(self, budget: Budget | None) -> None:
             self.config = type("C", (), {"budget": budget})()
 
-    def wanted(budget: Budget | None) -> float:
+    def wanted(budget: Budget | None, table: CostTable = table) -> float:
         ctx: Any = _Ctx(budget)
         return wanted_ms(table, ctx)
 
     assert (wanted(None), wanted(Budget(fraction=0.25)), wanted(Budget(ms=3.0))) == (4.0, 2.0, 3.0)
+    slow = replace(table, pace=1.5)  # the teacher took 12 ms on the wall
+    assert (wanted(Budget(fraction=0.25), slow), wanted(Budget(ms=3.0), slow)) == (2.0, 2.0)

@@ -35,3 +35,22 @@ def test_a_restless_machine_is_noted(lab: Lab, spread: float, told: bool) -> Non
     ctx = lab.context(backend=Restless(spread))
     note = Verify._restless(Verify._time([lab.model, lab.model], ctx))
     assert ("restless" in note and "60 %" in note) if told else note == ""
+
+
+class Tiring(RooflineBackend):
+    """Each call of `measure` finds the machine twice as slow as the one before."""
+
+    def __init__(self) -> None:
+        super().__init__(COUNTING)
+        self.calls = 0
+
+    def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
+        """As predicted, times what the machine has come to."""
+        slow, self.calls = 2.0**self.calls, self.calls + 1
+        return [replace(t, median_ms=slow * t.median_ms) for t in super().measure(artefacts, protocol)]
+
+
+def test_networks_timed_in_pairs_are_on_one_clock(lab: Lab) -> None:
+    first, *others = Verify._time([lab.model] * 4, lab.context(backend=Tiring()))
+    assert len(others) == 3
+    assert [t.median_ms for t in others] == pytest.approx([first.median_ms] * 3)

@@ -18,22 +18,10 @@ import numpy as np
 import onnx
 
 from hantc.backends.feeds import random_feeds
-from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
+from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend, bound_run
 from hantc.backends.onnxruntime.timing import measure_interleaved
 from hantc.core.backend_api import BuildSpec
 from hantc.core.types import Protocol
-
-
-def onnxruntime_run(model: onnx.ModelProto, threads: int) -> Callable[[], object]:
-    """A call that runs the model once in ONNX Runtime, as hantc's backend sets it up."""
-    artefact = OnnxRuntimeBackend().build(model, BuildSpec(threads))
-    session = artefact.handle.session
-    binding = session.io_binding()
-    for name, array in artefact.feeds.items():
-        binding.bind_cpu_input(name, np.ascontiguousarray(array))
-    for output in session.get_outputs():
-        binding.bind_output(output.name)
-    return lambda: session.run_with_iobinding(binding)
 
 
 def openvino_run(path: str, model: onnx.ModelProto, threads: int) -> Callable[[], object]:
@@ -65,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     for path in args.models:
         model = onnx.load(path)
         names.append((path, "onnxruntime"))
-        runs.append(onnxruntime_run(model, args.threads))
+        runs.append(bound_run(OnnxRuntimeBackend().build(model, BuildSpec(args.threads))))
         try:
             run = openvino_run(path, model, args.threads)
         except ImportError:
