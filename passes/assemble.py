@@ -87,4 +87,5 @@ def to_onnx(student: fx.GraphModule, blueprint: Blueprint, ctx: Context, feeds: 
     if not regions:
         return emitted.model
     nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
-    return quantize(emitted.model, nodes, feeds, QuantSpec(reduce_range=ctx.capabilities.reduce_range))
+    spec = QuantSpec(reduce_range=ctx.capabilities.reduce_range, calibration="robust")
+    return quantize(emitted.model, nodes, feeds, spec)

@@ -14,6 +14,8 @@ from hantc.data.dataset import Dataset
 from hantc.ops.registry import DERIVED, build
 from hantc.passes.contest import SAME_COST
 from hantc.passes.engine import trainable
+from hantc.passes.paper import RECIPE as PAPER
+from hantc.passes.paper import train_paper
 from hantc.passes.plug import origin_of
 from hantc.passes.shortlist import shortlist
 from hantc.passes.state import Context, Proposal, State, WeightMap
@@ -46,7 +48,8 @@ class Distill:
         jobs, still = self._jobs(state, ctx, ctx.data, todo)
         progress = checkpoint_of(ctx.store, [*jobs, *still])
         if jobs:
-            train(state.network, [*jobs, *still], ctx, ctx.data, progress)
+            by = train if ctx.config.recipe == "hantc" else train_paper
+            by(state.network, [*jobs, *still], ctx, ctx.data, progress)
         weights |= {(job.region.name, job.spec.name): {} for job in still}
         for job in jobs:
             reason = self._keep(job, ctx, weights)
@@ -148,13 +151,14 @@ def weights_key(state: State, ctx: Context, p: Proposal) -> str:
     """Store key of a candidate's trained weights: teacher, region, candidate, data and recipe."""
     assert ctx.data is not None and state.match is not None
     region = state.match.region(p.region)
+    recipe = RECIPE if ctx.config.recipe == "hantc" else PAPER
     return digest(
         {
             "teacher": state.model_hash,
             "region": [region.input, region.output],
             "spec": asdict(p.spec),
             "data": ctx.data.training_stamp,
-            "recipe": {**RECIPE, "effort": ctx.config.effort, "limit": ctx.effort.time_limit_s},
+            "recipe": {**recipe, "effort": ctx.config.effort, "limit": ctx.effort.time_limit_s},
             "seed": ctx.config.seed,
         }
     )

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from hantc.core.types import CostRow, Region, ScoreRow, digest
@@ -22,13 +21,21 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import subgraph, with_taps
 from hantc.passes.distill import weights_key
-from hantc.passes.engine import OutputKind, divergence, fast_module, first_output, judging_batches, output_kind
+from hantc.passes.engine import (
+    OutputKind,
+    divergence,
+    fast_module,
+    first_output,
+    judging_batches,
+    output_kind,
+    relative_mse,
+)
 from hantc.passes.plug import origin_for, teacher_part, trained
 from hantc.passes.state import Context, Proposal, State, WeightMap
 
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
-_VERSION = 5
+_VERSION = 6
 
 
 @dataclass
@@ -166,7 +173,7 @@ class Score:
                 with observing(e.module):
                     e.module(source)
             made = e.module(source)
-            e.mse.append(float(F.mse_loss(made, target) / target.var().clamp_min(1e-12)))
+            e.mse.append(float(relative_mse(made, target)))
             if e.region.output not in rests:
                 rests[e.region.output] = subgraph(network, [e.region.output], names[:1])
             s = first_output(rests[e.region.output](made))

@@ -14,6 +14,7 @@ from hantc.core.types import CandidateSpec, Region, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import with_taps
+from hantc.dialect.spread import ordinary
 from hantc.ops.registry import DERIVED
 from hantc.passes.checkpoint import Checkpoint, part_of, prefixed
 from hantc.passes.contest import RUNGS, Entrant, outdone
@@ -31,7 +32,7 @@ from hantc.passes.engine import (
 from hantc.passes.state import Context
 
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
-RECIPE = {"version": 6, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
+RECIPE = {"version": 7, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
 _POSITIONS = 1 << 16  # of a region's input maps that a candidate is derived from; fits look at fewer still
 _SAMPLES = (32, 256)  # images for the same, at least and at most
 
@@ -70,10 +71,11 @@ def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) ->
     n = min(most, len(data.train))
     for i in range(0, n, least):
         x, _ = data.train.batch(list(range(i, min(n, i + least))))
-        for tap, value in _activations(tapped, taps, x).items():
+        for tap, value in activations(tapped, taps, x).items():
             if i * size[tap] < _POSITIONS:
                 found[tap].append(value)
-    return {tap: torch.cat(found.pop(tap)) for tap in taps}
+    samples = {tap: torch.cat(found.pop(tap)) for tap in taps}
+    return {tap: value[ordinary(value)] for tap, value in samples.items()}  # others would decide every fit alone
 
 
 def checkpoint_of(store: Store, jobs: Sequence[Job]) -> Checkpoint:
@@ -95,13 +97,13 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
     rates = sorted({j.rate for j in jobs})
     groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups if params])
-    box = TimeBox(min(seconds, 0.6 * ctx.clock.remaining()), steps, begun=_resume(jobs, checkpoint))
+    box = TimeBox(min(seconds, 0.6 * ctx.clock.remaining()), steps, begun=resume(jobs, checkpoint))
     rungs = [r for r in RUNGS if r[0] > box.begun]
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
         bar.advance(box.begun)
         done = box.begun
         for x, _ in training_batches(data, size, augment, ctx.config.seed):
-            values = _activations(tapped, taps, x)
+            values = activations(tapped, taps, x)
             if box.step == 0:
                 for j in jobs:
                     fast_module(j.module).train()
@@ -110,7 +112,7 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
             for j in jobs:
-                _step(j, values)
+                step(j, values)
             optimizer.step()
             if rungs and box.progress >= rungs[0][0]:
                 _retire(jobs, rungs.pop(0)[1])
@@ -120,18 +122,19 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
             if not more:
                 break
             if checkpoint.due():
-                _save(jobs, checkpoint, box.progress)
+                save(jobs, checkpoint, box.progress)
     for j in jobs:
         j.module.eval()
         ctx.reporter.event("distilled", region=j.region.name, candidate=j.spec.name, mse=j.loss, images=j.seen)
 
 
-def _save(jobs: Sequence[Job], checkpoint: Checkpoint, progress: float) -> None:
+def save(jobs: Sequence[Job], checkpoint: Checkpoint, progress: float) -> None:
+    """Keep how far all jobs have come."""
     facts = {j.key: [j.loss, j.dead, j.rival, j.seen, j.steps] for j in jobs}
     checkpoint.save(prefixed({j.key: j.module.state_dict() for j in jobs}), progress, facts)
 
 
-def _resume(jobs: Sequence[Job], checkpoint: Checkpoint) -> float:
+def resume(jobs: Sequence[Job], checkpoint: Checkpoint) -> float:
     """Take up what an interrupted run left; the share that it did."""
     saved = checkpoint.load()
     if saved is None or any(j.key not in saved.extra for j in jobs):
@@ -142,17 +145,22 @@ def _resume(jobs: Sequence[Job], checkpoint: Checkpoint) -> float:
     return saved.progress
 
 
-def _activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+def activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+    """The teacher's values at `taps` for one batch; `tapped` as `with_taps` made it."""
     with torch.no_grad():
         _, values = tapped(x)
     return dict(zip(taps, values, strict=True))
 
 
-def _step(job: Job, values: Mapping[str, Tensor]) -> None:
+def step(job: Job, values: Mapping[str, Tensor]) -> None:
     """Forward and backward of one candidate; a non-finite loss ends its training, not the run."""
     if job.dead or job.rival:
         return
-    loss = relative_mse(job.module(values[job.region.input]), values[job.region.output])
+    source, target = values[job.region.input], values[job.region.output]
+    usual = ordinary(source) & ordinary(target)
+    if not bool(usual.all()):  # norms in training would take their statistics from the others alone
+        source, target = source[usual], target[usual]
+    loss = relative_mse(job.module(source), target)
     if not torch.isfinite(loss):
         job.dead = "its training diverged (non-finite loss)"
         for p in job.module.parameters():

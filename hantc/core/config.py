@@ -85,6 +85,7 @@ class CompileConfig(BaseModel):
     max_drop: float | None = None
     effort: Effort = "standard"
     time_limit: float | None = Field(default=None, gt=0)  # seconds
+    recipe: Literal["hantc", "paper"] = "hantc"  # of training candidates
     precision: Literal["auto", "fp32", "int8", "fp16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)

@@ -16,6 +16,9 @@ from torch import Tensor, fx, nn
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Binary
 from hantc.dialect.linear import Linear, MatMul
+from hantc.dialect.ranges import robust_range
+
+_MANY = 8  # images, for some of them to be outliers
 
 
 def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
@@ -27,8 +30,8 @@ def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
 
 
 class ActivationQuant(nn.Module):
-    """Asymmetric 8-bit rounding of a tensor over the range seen while observing. With `rounding` off it is the
-    identity and costs nothing: looking for ranges reads every activation twice."""
+    """Asymmetric 8-bit rounding of a tensor over the range chosen while observing (`robust_range`). With
+    `rounding` off it is the identity and costs nothing: looking for ranges reads every activation twice."""
 
     low: Tensor
     high: Tensor
@@ -47,13 +50,26 @@ class ActivationQuant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape; the identity while observing, or with `rounding` off."""
         if self.observing:
-            self.low = torch.minimum(self.low, x.detach().amin())
-            self.high = torch.maximum(self.high, x.detach().amax())
+            low, high = _range(x.detach())
+            self.low = torch.clamp(self.low, max=low)
+            self.high = torch.clamp(self.high, min=high)
         if not self.active:
             return x
         scale = ((self.high - self.low) / 255).clamp_min(1e-12)
         zero = torch.round(-self.low / scale).to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """What to round a batch of activations over."""
+    if x.dim() < 2 or x.shape[0] < _MANY:
+        return float(x.amin()), float(x.amax())
+    flat = x.flatten(1)
+    per_image = (flat.amin(1), flat.amax(1), flat.var(1, correction=0))
+    if not all(bool(torch.isfinite(v).all()) for v in per_image):
+        return float(x.amin()), float(x.amax())
+    low, high, variance = (v.double().numpy() for v in per_image)
+    return robust_range(low, high, variance)
 
 
 class QuantizedProduct(nn.Module):

@@ -33,11 +33,12 @@ _TIMING_LOW, _TIMING_HIGH = -4.0, 4.0
 class QuantSpec:
     """How to quantise. `reduce_range`: weights keep to 7 bits, needed on x86 without VNNI, whose kernels add
     8-bit products in saturating 16 bits (see `Capabilities.reduce_range`). `calibration`: how a tensor's range
-    follows from data; `percentile` (99.999 %) and `entropy` cut outliers off, and cost more memory and time."""
+    follows from data; `robust` cuts off what only a few images reach (`ranges.robust_range`); `percentile`
+    (99.999 %) and `entropy`, onnxruntime's own, cut off single values, and cost more memory and time."""
 
     reduce_range: bool
     per_channel: bool = True
-    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+    calibration: Literal["minmax", "robust", "percentile", "entropy"] = "minmax"
 
 
 def quantize(
@@ -50,13 +51,16 @@ def quantize(
     `model` is not changed; names, metadata and opset survive. HantcError if the opset is below 13, a name is
     unknown, there is no calibration data, or a range is not finite.
     """
-    from hantc.dialect import qdq_ort
+    from hantc.dialect import qdq_ort, qdq_ranges
 
     work, selected = _start(model, nodes)
     if not selected:
         return work
     _need_data(calibration)
-    ranges = qdq_ort.calibrated_ranges(work, selected, calibration, spec.calibration)
+    if spec.calibration == "robust":
+        ranges = qdq_ranges.image_ranges(work, selected, calibration)
+    else:
+        ranges = qdq_ort.calibrated_ranges(work, selected, calibration, spec.calibration)
     return _finish(model, work, selected, ranges, spec)
 
 

@@ -123,13 +123,19 @@ def calibrated_ranges(model: onnx.ModelProto, selected: Collection[str], feeds: 
     ranges: Ranges = {}
     for name in found:
         low, high = (np.asarray(v, dtype=np.float32).reshape(()) for v in found[name].range_value)
-        if name in touched and not (np.isfinite(low) and np.isfinite(high)):
-            raise HantcError(
-                f"the tensor {name!r} reaches {float(low)} to {float(high)} on the calibration data",
-                hint="check the preprocessing, or leave this part in fp32",
-            )
+        if name in touched:
+            check_range(name, float(low), float(high))
         ranges[name] = (low, high)
     return ranges
+
+
+def check_range(name: str, low: float, high: float) -> None:
+    """HantcError if a tensor's range is not finite."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise HantcError(
+            f"the tensor {name!r} reaches {low} to {high} on the calibration data",
+            hint="check the preprocessing, or leave this part in fp32",
+        )
 
 
 def quantize_static_as_documented(

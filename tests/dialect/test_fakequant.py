@@ -56,6 +56,17 @@ def network(models: Models) -> fx.GraphModule:
     return import_model(models.make(nodes, {"x": ("N", 3, 10, 10)}, {"y": ("N", 5)}, constants))
 
 
+def test_a_few_images_far_beyond_the_rest_do_not_blur_them() -> None:
+    x = torch.randn(64, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[9] *= 1000.0
+    quant = ActivationQuant()
+    quant(x)
+    quant.observing = False
+    others = torch.cat([x[:9], x[10:]])
+    assert float((quant(others) - others).abs().max()) < 0.03
+    assert float(quant(x)[9].max()) == pytest.approx(float(quant.high), rel=0.01), "what is cut off stays at the end"
+
+
 def images(count: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
 
