@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from hantc.core.config import Budget
-from hantc.core.types import CandidateSpec, CostRow, CostTable, Signature
+from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature
 from hantc.dialect.graph import with_taps
 from hantc.ops import registry
 from hantc.passes import distill, training
@@ -20,7 +20,7 @@ from hantc.passes.distill import Distill, wanted_ms, weights_key
 from hantc.passes.engine import relative_mse
 from hantc.passes.plug import origin_of, trained
 from hantc.passes.state import Context, Proposal, State
-from hantc.passes.training import Job, gather, train
+from hantc.passes.training import Job, activations, gather, step, train
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -262,6 +262,26 @@ def test_jobs_train_beside_each_other_without_mixing(lab: Lab) -> None:
     assert alone.seen == beside.seen > 0
     pairs = zip(alone.module.state_dict().values(), beside.module.state_dict().values(), strict=True)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def test_images_far_beyond_the_rest_are_not_trained_on(lab: Lab) -> None:
+    assert lab.matched.network is not None and lab.matched.match is not None
+    region = lab.matched.match.region("r03")
+    taps = [region.input, region.output]
+    x, _ = lab.labelled.train.batch(list(range(32)))
+    values = activations(with_taps(lab.matched.network, taps), taps, x)
+    job, same = (Job(region, STACK, built(region, STACK), "k") for _ in range(2))
+    far = {k: torch.cat([v, 1000 * v[:2]]) for k, v in values.items()}
+    step(job, far)
+    step(same, values)
+    assert job.loss == pytest.approx(same.loss, rel=1e-5)
+    pairs = zip(job.module.buffers(), same.module.buffers(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs), "nor do they count in statistics"
+
+
+def built(region: Region, spec: CandidateSpec) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return registry.build(spec, Signature.of(region)).train()
 
 
 def test_without_data_nothing_is_trained(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,15 @@ def test_the_relative_error_is_one_for_the_mean() -> None:
     assert float(relative_mse(torch.full_like(t, float(t.mean())), t)) == pytest.approx(1.0, abs=1e-2)
 
 
+def test_each_image_counts_by_its_own_variance() -> None:
+    t = torch.randn(20, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    s = t + 0.1 * torch.randn(20, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    usual = float(relative_mse(s, t))
+    assert usual == pytest.approx(0.01, rel=0.15)
+    s[4], t[4] = 1000 * s[4], 1000 * t[4]
+    assert float(relative_mse(s, t)) == pytest.approx(usual, rel=0.01), "a large one is as wrong as it was"
+
+
 # ---- candidates ----
 
 
@@ -215,6 +224,14 @@ def test_beside_a_skip_connection_the_norm_starts_at_the_difference() -> None:
     calibrate_norm(nn.Sequential(Conv(4, 4, 3), norm), target, source)
     assert torch.allclose(norm.weight, torch.full((4,), 0.1), atol=0.02)
     assert torch.allclose(norm.bias, torch.full((4,), 2.0), atol=0.02)
+
+
+def test_an_image_far_beyond_the_rest_does_not_decide_where_a_norm_starts() -> None:
+    source, target = torch.randn(16, 3, 8, 8), torch.randn(16, 6, 4, 4)
+    target[5] *= 1000.0
+    norm = BatchNorm(6)
+    calibrate_norm(nn.Sequential(Conv(3, 6, 3, 2), norm), target, source)
+    assert torch.allclose(norm.weight, torch.ones(6), atol=0.3)
 
 
 @pytest.mark.parametrize("candidate", [nn.Sequential(Conv(3, 6)), nn.Sequential(BatchNorm(3), Conv(3, 6))])

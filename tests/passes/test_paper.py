@@ -63,7 +63,7 @@ def test_each_candidate_sees_one_epoch_and_learns(lab: Lab) -> None:
     train_paper(lab.matched.network, jobs, ctx, lab.labelled, Checkpoint(ctx.store, "aaaa"))
     size, n = ctx.effort.batch_size, len(lab.labelled.train)
     assert [j.seen for j in jobs] == [n // size * size] * 3
-    assert all(error(lab, j) < 0.7 * b for j, b in zip(jobs, before, strict=True))
+    assert all(error(lab, j) < b for j, b in zip(jobs, before, strict=True))  # three steps, no more
     assert not any(j.module.training for j in jobs)
 
 
