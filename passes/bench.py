@@ -58,7 +58,7 @@ class Bench:
             made = fast_module(made)
             if precision == "int8":
                 made = fake_quantize(made, reduce_range=self.ctx.capabilities.reduce_range)
-                with observing(made), torch.no_grad():
+                with observing(made, self.x.shape[0]), torch.no_grad():
                     made(self.inputs[region.input])
             self.parts[key] = made
         return self.parts[key]

@@ -48,8 +48,10 @@ class Distill:
         jobs, still = self._jobs(state, ctx, ctx.data, todo)
         progress = checkpoint_of(ctx.store, [*jobs, *still])
         if jobs:
-            by = train if ctx.config.recipe == "hantc" else train_paper
-            by(state.network, [*jobs, *still], ctx, ctx.data, progress)
+            if ctx.config.recipe == "paper":
+                train_paper(state.network, jobs, ctx, ctx.data, progress)
+            else:
+                train(state.network, [*jobs, *still], ctx, ctx.data, progress)
         weights |= {(job.region.name, job.spec.name): {} for job in still}
         for job in jobs:
             reason = self._keep(job, ctx, weights)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from hantc.data.augment import Augment
 from hantc.data.dataset import Dataset, Split
 from hantc.dialect.norm import BatchNorm
-from hantc.dialect.spread import image_variance, ordinary
+from hantc.dialect.spread import image_variance, ordinary, per_image
 
 
 def first_output(result: object) -> Tensor:
@@ -57,10 +57,11 @@ def divergence(kind: OutputKind, student: Tensor, teacher: Tensor) -> Tensor:
     return (student.flatten(1) - t).square().mean(1) / t.var().clamp_min(1e-12)
 
 
-def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def relative_mse(student: Tensor, teacher: Tensor, variance: Tensor | None = None) -> Tensor:
     """Mean over the images of the squared error over the variance of the teacher's activation (so that 1.0 is 'no
-    better than its mean'). Each image counts by its own variance: see `dialect.spread`."""
-    return ((student - teacher).square().flatten(1).mean(1) / image_variance(teacher)).mean()
+    better than its mean'). Each image counts by its own `variance`, (N,): see `dialect.spread`."""
+    variance = image_variance(teacher) if variance is None else variance
+    return (per_image((student - teacher).square()) / variance).mean()
 
 
 def calibrate_norm(candidate: nn.Module, target: Tensor, source: Tensor) -> None:
@@ -71,7 +72,7 @@ def calibrate_norm(candidate: nn.Module, target: Tensor, source: Tensor) -> None
     norms = _last_norms(candidate)
     if not norms or target.dim() < 2 or any(n.weight.numel() != target.shape[1] for n in norms):
         return
-    residual = (target - source if target.shape == source.shape else target)[ordinary(target)]
+    residual = (target - source if target.shape == source.shape else target)[ordinary(image_variance(target))]
     dims = [d for d in range(residual.dim()) if d != 1]
     with torch.no_grad():
         for norm in norms:

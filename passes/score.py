@@ -170,7 +170,7 @@ class Score:
         for e in entries:
             source, target = tapped[e.region.input], tapped[e.region.output]
             if first and e.precision == "int8":
-                with observing(e.module):
+                with observing(e.module, x.shape[0]):
                     e.module(source)
             made = e.module(source)
             e.mse.append(float(relative_mse(made, target)))

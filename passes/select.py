@@ -30,12 +30,15 @@ from hantc.search.problem import Border, Item, Problem, Solution, clean
 _GAP = 0.005
 _FINALISTS = 4  # of the explored students that are timed and judged
 _SOLVER_S = 30.0
-_ROUNDS = 3  # of measuring students and correcting the table
+_ROUNDS = 3  # of measuring some students and correcting the table
+_PROBES = 4  # students in each
 _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
-_VERSION = 11
+_VERSION = 12
 _UNUSABLE_MS = 1e8
+
+_Known = dict[tuple[int, ...], Evaluated]  # by the solution's items
 
 
 def make_problem(state: State, budget_ms: float) -> Problem:
@@ -88,20 +91,12 @@ class Select:
             return replace(state, plan=self._exact(state, ctx))
         meter = Meter(ctx)
         budget = self._budget(state, ctx)
-        evaluated: list[Evaluated] = []
-        for left in reversed(range(_ROUNDS)):
-            problem = make_problem(state, self._aim(state, budget))
-            try:
-                solutions = self._solve(problem, ctx)
-            except BudgetError as error:
-                raise self._nearest(state, ctx, meter, problem) from error
-            evaluated = self._measure(state, ctx, meter, problem, solutions)
-            ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in evaluated)[len(evaluated) // 2]
-            if abs(ratio - 1) <= _CLOSE or not left:
-                break
-            state = replace(state, costs=_scaled(state.costs, ratio))
-            assert state.costs is not None
-        evaluated = self._judge(state, ctx, evaluated)
+        state, known = self._corrected(state, ctx, meter, budget)
+        problem = make_problem(state, self._aim(state, budget))
+        solutions = self._solved(state, ctx, meter, problem, ctx.effort.solutions)
+        new = [s for s in solutions if s.items not in known]
+        known |= {s.items: e for s, e in zip(new, self._measure(state, ctx, meter, problem, new), strict=True)}
+        evaluated = self._judge(state, ctx, [known[s.items] for s in solutions])
         if ctx.config.max_drop is None:
             evaluated += self._explore(state, ctx, meter, budget)
         best = self._best(evaluated, budget, ctx)
@@ -113,6 +108,25 @@ class Select:
             "plan", key, {"plan": asdict(plan), "scale": state.costs.scale, "evaluated": [asdict(e) for e in evaluated]}
         )
         return replace(state, plan=plan, evaluated=tuple(evaluated))
+
+    def _corrected(self, state: State, ctx: Context, meter: Meter, budget: float) -> tuple[State, _Known]:
+        """The state with costs scaled so that whole students take what the table says; and those measured with it."""
+        for _ in range(_ROUNDS):
+            assert state.costs is not None
+            problem = make_problem(state, self._aim(state, budget))
+            probes = self._solved(state, ctx, meter, problem, min(_PROBES, ctx.effort.solutions))
+            found = self._measure(state, ctx, meter, problem, probes)
+            ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in found)[len(found) // 2]
+            if abs(ratio - 1) <= _CLOSE:
+                return state, {s.items: e for s, e in zip(probes, found, strict=True)}
+            state = replace(state, costs=_scaled(state.costs, ratio))
+        return state, {}
+
+    def _solved(self, state: State, ctx: Context, meter: Meter, problem: Problem, k: int) -> list[Solution]:
+        try:
+            return self._solve(problem, ctx, k)
+        except BudgetError as error:
+            raise self._nearest(state, ctx, meter, problem) from error
 
     def _key(self, state: State, ctx: Context) -> str:
         assert state.costs is not None and state.scores is not None
@@ -177,8 +191,7 @@ class Select:
         return min(budget, max(_AIM * budget, least))
 
     @staticmethod
-    def _solve(problem: Problem, ctx: Context) -> list[Solution]:
-        k = ctx.effort.solutions
+    def _solve(problem: Problem, ctx: Context, k: int) -> list[Solution]:
         limit = min(_SOLVER_S * k / 6, 0.08 * ctx.clock.limit_s)
         if ctx.config.max_drop is not None:
             # the accuracy-constrained mode: one solution each at a ladder of allowed losses
@@ -208,6 +221,8 @@ class Select:
     ) -> list[Evaluated]:
         """Emit every solution as a real student and time it beside the teacher."""
         assert state.network is not None and state.costs is not None and ctx.data is not None
+        if not solutions:
+            return []
         models: list[ModelProto] = [emit(state.network).model]
         plans = []
         for s in solutions:
@@ -260,8 +275,9 @@ class Select:
                 blueprint = Blueprint.of(e.plan.choices)
                 student = build_student(state, blueprint, specs_of(state))
                 view = rounded_view(student, blueprint, reduce_range=ctx.capabilities.reduce_range)
-                with observing(view), torch.no_grad():
-                    view(fast_layout(data.train.batch(list(range(min(64, len(data.train)))))[0]))
+                n = min(64, len(data.train))
+                with observing(view, n), torch.no_grad():
+                    view(fast_layout(data.train.batch(list(range(n)))[0]))
                 found = judge(view)
                 accuracy = 100 * found["agreement"] if math.isnan(found["accuracy"]) else found["accuracy"]
                 judged.append(replace(e, loss=found["kl"], accuracy=accuracy))

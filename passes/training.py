@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from hantc.core.types import CandidateSpec, Region, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import with_taps
-from hantc.dialect.spread import ordinary
+from hantc.dialect.spread import Activations, image_variance, ordinary
 from hantc.ops.registry import DERIVED
 from hantc.passes.checkpoint import Checkpoint, part_of, prefixed
 from hantc.passes.contest import RUNGS, Entrant, outdone
@@ -75,7 +75,8 @@ def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) ->
             if i * size[tap] < _POSITIONS:
                 found[tap].append(value)
     samples = {tap: torch.cat(found.pop(tap)) for tap in taps}
-    return {tap: value[ordinary(value)] for tap, value in samples.items()}  # others would decide every fit alone
+    # the others would decide every fit alone
+    return {tap: value[ordinary(image_variance(value))] for tap, value in samples.items()}
 
 
 def checkpoint_of(store: Store, jobs: Sequence[Job]) -> Checkpoint:
@@ -145,22 +146,22 @@ def resume(jobs: Sequence[Job], checkpoint: Checkpoint) -> float:
     return saved.progress
 
 
-def activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+def activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> Activations:
     """The teacher's values at `taps` for one batch; `tapped` as `with_taps` made it."""
     with torch.no_grad():
         _, values = tapped(x)
-    return dict(zip(taps, values, strict=True))
+    return Activations(dict(zip(taps, values, strict=True)))
 
 
-def step(job: Job, values: Mapping[str, Tensor]) -> None:
+def step(job: Job, values: Activations) -> None:
     """Forward and backward of one candidate; a non-finite loss ends its training, not the run."""
     if job.dead or job.rival:
         return
-    source, target = values[job.region.input], values[job.region.output]
-    usual = ordinary(source) & ordinary(target)
-    if not bool(usual.all()):  # norms in training would take their statistics from the others alone
-        source, target = source[usual], target[usual]
-    loss = relative_mse(job.module(source), target)
+    ends = (job.region.input, job.region.output)
+    (source, target), variance, usual = (values[e] for e in ends), values.variance(ends[1]), values.usual(*ends)
+    if usual is not None:  # norms in training would take their statistics from the others alone
+        source, target, variance = source[usual], target[usual], variance[usual]
+    loss = relative_mse(job.module(source), target, variance)
     if not torch.isfinite(loss):
         job.dead = "its training diverged (non-finite loss)"
         for p in job.module.parameters():

@@ -268,8 +268,9 @@ def _observe(view: fx.GraphModule, data: Dataset | None) -> None:
     for q in quants:
         q.low.zero_()
         q.high.zero_()
-    with observing(view), torch.no_grad():
-        view(fast_layout(data.train.batch(list(range(min(len(data.train), 128))))[0]))
+    n = min(len(data.train), 128)
+    with observing(view, n), torch.no_grad():
+        view(fast_layout(data.train.batch(list(range(n)))[0]))
 
 
 def _rounding(view: fx.GraphModule, on: bool) -> None:

@@ -41,6 +41,7 @@ class ActivationQuant(nn.Module):
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.observing, self.rounding = True, True
+        self.images = 0  # in each batch observed; 0: as many as there are rows
 
     @property
     def active(self) -> bool:
@@ -50,7 +51,7 @@ class ActivationQuant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape; the identity while observing, or with `rounding` off."""
         if self.observing:
-            low, high = _range(x.detach())
+            low, high = _range(x.detach(), self.images)
             self.low = torch.clamp(self.low, max=low)
             self.high = torch.clamp(self.high, min=high)
         if not self.active:
@@ -60,11 +61,12 @@ class ActivationQuant(nn.Module):
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
 
-def _range(x: Tensor) -> tuple[float, float]:
-    """What to round a batch of activations over."""
-    if x.dim() < 2 or x.shape[0] < _MANY:
+def _range(x: Tensor, images: int) -> tuple[float, float]:
+    """What to round a batch of activations over. Windows or tokens may lie beside the images in its first dimension."""
+    n = images or (x.shape[0] if x.dim() else 0)
+    if n < _MANY or x.shape[0] % n:
         return float(x.amin()), float(x.amax())
-    flat = x.flatten(1)
+    flat = x.reshape(n, -1)
     per_image = (flat.amin(1), flat.amax(1), flat.var(1, correction=0))
     if not all(bool(torch.isfinite(v).all()) for v in per_image):
         return float(x.amin()), float(x.amax())
@@ -125,11 +127,11 @@ def fake_quantize(module: fx.GraphModule, *, reduce_range: bool, share: bool = F
 
 
 @contextmanager
-def observing(module: nn.Module) -> Iterator[None]:
-    """While inside, forward passes record ranges; afterwards they round."""
+def observing(module: nn.Module, images: int = 0) -> Iterator[None]:
+    """While inside, forward passes on so many images record ranges; afterwards they round."""
     quants = [m for m in module.modules() if isinstance(m, ActivationQuant)]
     for q in quants:
-        q.observing = True
+        q.observing, q.images = True, images
     try:
         yield
     finally:

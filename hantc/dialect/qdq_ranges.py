@@ -35,22 +35,25 @@ def image_ranges(model: onnx.ModelProto, selected: Collection[str], feeds: Seque
             values = dict(zip(made, session.run(made, dict(feed)), strict=True))
             for name, value in values.items():
                 flat = np.asarray(value, dtype=np.float64).reshape(-1)
-                found[name].append(flat if flat.size == size else _together(name, flat))
+                found[name].append(_by_image(name, flat, size))
     except Exception as e:  # onnxruntime's own exceptions share no base class
         raise HantcError(f"calibration fails: {type(e).__name__}: {e}") from e
     ranges: Ranges = {}
     for k, name in enumerate(names):
         low, high, mean, square = (np.concatenate(found[f"{_PREFIX}{figure}_{k}"]) for figure in _FIGURES)
-        check_range(name, float(low.min()), float(high.max()))
+        sound = bool(np.isfinite(mean).all())  # NaN is passed over by lowest and highest
+        check_range(name, float(low.min()) if sound else float("nan"), float(high.max()))
         lowest, highest = robust_range(low, high, np.maximum(square - mean**2, 0.0))
         ranges[name] = (np.asarray(lowest, dtype=np.float32), np.asarray(highest, dtype=np.float32))
     return ranges
 
 
-def _together(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """One figure for a tensor whose first dimension is not the images'."""
+def _by_image(name: str, values: np.ndarray[Any, Any], images: int) -> np.ndarray[Any, Any]:
+    """A figure of each row as one of each image: windows or tokens may lie in the first dimension beside the
+    images. One for all where it is something else."""
     how = {"lowest": np.min, "highest": np.max}.get(name.removeprefix(_PREFIX).split("_")[0], np.mean)
-    return np.asarray([how(values)])
+    rows = values.reshape(images if values.size % images == 0 else 1, -1)
+    return np.asarray(how(rows, axis=1))
 
 
 def _touched(model: onnx.ModelProto, selected: Collection[str]) -> list[str]:

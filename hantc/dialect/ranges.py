@@ -31,7 +31,8 @@ def robust_range(low: Array, high: Array, variance: Array) -> tuple[float, float
     for kept in sorted({n, *(math.ceil(s * n) for s in _KEPT)}, reverse=True):
         lowest, highest = (min(0.0, float(low[order[:kept]].min())), max(0.0, float(high[order[:kept]].max())))
         rounding = ((highest - lowest) / _STEPS) ** 2 / 12 / variance
-        cut = np.clip(1 - max(-lowest, highest) / np.maximum(reach, 1e-12), 0, 1) ** 2
+        beyond = np.maximum(np.maximum(high - highest, lowest - low), 0.0)
+        cut = np.minimum(beyond / np.maximum(reach, 1e-12), 1.0) ** 2
         found.append((float(np.minimum(rounding + cut, 1.0).mean()), lowest, highest))
     whole, best = found[0], min(found, key=lambda f: f[0])
     return best[1:] if best[0] < _CLEARLY * whole[0] else whole[1:]

@@ -67,6 +67,16 @@ def test_a_few_images_far_beyond_the_rest_do_not_blur_them() -> None:
     assert float(quant(x)[9].max()) == pytest.approx(float(quant.high), rel=0.01), "what is cut off stays at the end"
 
 
+def test_windows_beside_the_images_are_taken_together() -> None:
+    """(images · windows, tokens, channels): one window in an image of many is none that most images do without."""
+    x = torch.randn(16, 9, 4, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 50.0
+    quant = ActivationQuant()
+    with observing(quant, 16):
+        quant(x.flatten(0, 1))
+    assert float(quant.high) == float(x.max())
+
+
 def images(count: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
 

@@ -72,9 +72,10 @@ def test_a_tensor_without_the_images_in_front_is_taken_as_one() -> None:
     assert [float(v) for v in ranges["y"]] == [0.0, float((x.T @ x).max())]
 
 
-def test_values_that_are_not_finite_are_named() -> None:
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_values_that_are_not_finite_are_named(value: float) -> None:
     bad = feeds()
-    bad[0]["x"][0, 0, 0, 0] = np.inf
+    bad[0]["x"][0, 0, 0, 0] = value
     with pytest.raises(HantcError, match="'x' reaches"):
         quantize(cnn(), None, bad, ROBUST)
 

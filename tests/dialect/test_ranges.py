@@ -35,6 +35,12 @@ def test_a_larger_image_whose_details_matter_is_not_cut_off() -> None:
     assert robust_range(-high, high, variance) == (-10.0, 10.0)
 
 
+def test_an_image_on_the_other_side_of_zero_is_not_cut_off() -> None:
+    low, high = np.zeros(100), np.full(100, 10.0)
+    low[6], high[6] = -11.0, 0.0
+    assert robust_range(low, high, np.ones(100)) == (-11.0, 10.0)
+
+
 def test_zero_is_always_within() -> None:
     ones = np.ones(10)
     assert robust_range(2 * ones, 3 * ones, ones) == (0.0, 3.0)

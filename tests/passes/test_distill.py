@@ -13,6 +13,7 @@ from torch import fx
 from hantc.core.config import Budget
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature
 from hantc.dialect.graph import with_taps
+from hantc.dialect.spread import Activations
 from hantc.ops import registry
 from hantc.passes import distill, training
 from hantc.passes.checkpoint import Checkpoint
@@ -271,7 +272,7 @@ def test_images_far_beyond_the_rest_are_not_trained_on(lab: Lab) -> None:
     x, _ = lab.labelled.train.batch(list(range(32)))
     values = activations(with_taps(lab.matched.network, taps), taps, x)
     job, same = (Job(region, STACK, built(region, STACK), "k") for _ in range(2))
-    far = {k: torch.cat([v, 1000 * v[:2]]) for k, v in values.items()}
+    far = Activations({k: torch.cat([v, 1000 * v[:2]]) for k, v in values.items()})
     step(job, far)
     step(same, values)
     assert job.loss == pytest.approx(same.loss, rel=1e-5)

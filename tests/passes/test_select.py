@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,7 +12,7 @@ from hantc.core.config import Budget
 from hantc.core.errors import BudgetError
 from hantc.core.types import CandidateSpec, MatchResult, Plan, ScoreRow
 from hantc.passes.select import Select
-from hantc.passes.state import Context, State
+from hantc.passes.state import Context, Evaluated, State
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -118,6 +118,29 @@ def test_the_same_question_is_answered_from_the_store(lab: Lab, monkeypatch: pyt
     assert again.costs.scale == first.costs.scale
     with pytest.raises(AssertionError, match="measured again"):
         select(lab.scored, lab.fresh(budget=Budget(fraction=0.6), store=ctx.store))
+
+
+@pytest.mark.parametrize("slow", [1, 2])
+def test_the_table_is_corrected_by_a_few_students_and_none_is_timed_twice(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, slow: int
+) -> None:
+    asked: list[int] = []
+    measure = Select._measure
+
+    def counting(self: Select, *args: Any) -> list[Evaluated]:
+        asked.append(len(args[-1]))
+        off = slow if len(asked) == 1 else 1  # the first time, students take `slow` times what the table says
+        return [replace(e, measured_ms=off * e.plan.predicted_latency_ms) for e in measure(self, *args)]
+
+    monkeypatch.setattr(Select, "_measure", counting)
+    state, _ = select(lab.scored, lab.fresh(budget=Budget(fraction=0.7), effort={"solutions": 6}))
+    *probed, more, explored = asked
+    assert len(probed) == slow
+    assert all(0 < n <= 4 for n in probed)
+    assert probed[-1] + more <= 6
+    assert len(state.evaluated) == probed[-1] + more + explored
+    assert state.costs is not None and lab.scored.costs is not None
+    assert state.costs.scale == pytest.approx(slow * lab.scored.costs.scale)
 
 
 def test_the_corrected_costs_are_the_same_from_the_store(lab: Lab) -> None:
