@@ -13,8 +13,6 @@ from hantc.passes.checkpoint import Checkpoint
 from hantc.passes.state import Context, State
 from hantc.passes.tuning import RECIPE, Tuner
 
-_LITTLE = 0.25  # of the time that fine-tuning should have
-
 
 class Finetune:
     """Student -> student trained as a whole: CE + KL to the teacher, region outputs held for the first part."""
@@ -51,8 +49,6 @@ class Finetune:
         seconds = min(effort.finetune_share * clock.limit_s * 1.3, 0.85 * clock.remaining())
         steps = effort.finetune_epochs * max(1, (len(ctx.data.train) + len(ctx.data.more or ())) // tuner.size)
         history = tuner.train(seconds, steps, checkpoint)
-        if seconds < _LITTLE * effort.finetune_share * clock.limit_s:
-            ctx.note("little time was left to fine-tune the student: a longer --time-limit would help")
         tensors = {k: v.detach().contiguous().numpy() for k, v in student.state_dict().items()}
         ctx.store.put_tensors("finetuned", key, tensors)
         ctx.store.put_json("history", key, history)

@@ -151,7 +151,7 @@ def by_hantc(bench: Bench, jobs: Sequence[Job], goals: dict[str, float]) -> tupl
 def bench_of(model: str, data: str, place: Path, images: int | None, seed: int) -> tuple[Bench, MatchResult]:
     """The imported teacher with its data, and its regions."""
     config = make_config(model, target="xeon", data=data, out=place / "out", store=place / "store", seed=seed)
-    state, ctx = prepare(config, RichReporter())
+    state, ctx = prepare(config, RichReporter(quiet=True))
     state, _ = run_passes((Load(), Normalize(), Match()), state, ctx)
     assert state.network is not None and state.match is not None and ctx.data is not None
     dataset = ctx.data
