@@ -20,7 +20,7 @@ from hantc.passes.training import Job, activations, resume, save, step
 
 RATE = 0.1  # cosine; of 0.3, 0.1 and 0.03 tools/bench/pool_cost.py takes the best for each candidate
 _MOMENTUM = 0.9
-RECIPE = {"version": 1, "optimizer": "sgd", "rate": RATE, "momentum": _MOMENTUM, "epochs": 1, "loss": "relative_mse"}
+RECIPE = {"version": 2, "optimizer": "sgd", "rate": RATE, "momentum": _MOMENTUM, "epochs": 1, "loss": "relative_mse"}
 
 
 def train_paper(

@@ -35,7 +35,7 @@ from hantc.passes.state import Context, Proposal, State, WeightMap
 
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
-_VERSION = 6
+_VERSION = 7
 
 
 @dataclass

@@ -32,7 +32,7 @@ from hantc.passes.engine import (
 from hantc.passes.state import Context
 
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
-RECIPE = {"version": 7, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
+RECIPE = {"version": 8, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
 _POSITIONS = 1 << 16  # of a region's input maps that a candidate is derived from; fits look at fewer still
 _SAMPLES = (32, 256)  # images for the same, at least and at most
 

@@ -50,7 +50,7 @@ _ROUND_FROM = 0.8  # share of the steps after which INT8 regions round in traini
 _CHECKS = 16  # evaluations on the search split, at most
 _CHECK_SHARE = 12.0  # and training lasts this many times as long as evaluating
 RECIPE = {
-    "version": 7,
+    "version": 8,
     "rates": RATES,
     "mix": _MIX,
     "old": _OLD_RATE,

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from hantc.core.errors import HantcError
 from hantc.core.types import CandidateSpec, Signature
-from hantc.dialect.activation import LeakyRelu, Silu, Unary, activation_name
+from hantc.dialect.activation import Silu, Unary, activation_name
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Add, Mul
 from hantc.dialect.emitter import emit
@@ -337,70 +337,3 @@ def test_a_kernel_whose_ring_does_nothing_is_cut_without_loss() -> None:
 def test_kernels_that_cannot_shrink(kernel: int, why: str) -> None:
     spec = CandidateSpec.make("slim", keep=1.0, kernel=kernel)
     assert why in Slim().reject_origin(spec, Signature(SHAPE, SHAPE), origin(Gated()))
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_affine_finds_what_is_linear(stride: int) -> None:
-    """The region computes relu(x + a convolution of it) (or, at stride 2, no x): so does what is fitted."""
-    torch.manual_seed(0)
-    block = Linearly(stride)
-    out = tuple(block(torch.zeros(1, *SHAPE)).shape[1:])
-    of = Origin(graph(block, SHAPE, out), (), images())
-    signature = Signature(SHAPE, out, "relu")
-    made = build(CandidateSpec.make("affine", k=3), signature, origin=of)
-    assert leaf_kinds(made) == (["Conv", "Add", "relu"] if stride == 1 else ["Conv", "relu"])
-    assert error(made, of.whole, UNSEEN) < 1e-3
-    worse = build(CandidateSpec.make("affine", k=1), signature, origin=of)
-    assert error(made, of.whole, UNSEEN) < error(worse, of.whole, UNSEEN) < 1
-
-
-class Linearly(nn.Module):
-    """relu(convs(x) + x), or relu(convs(x)) at a stride."""
-
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.conv, self.mix, self.act = Conv(16, 24, 3, stride), Conv(24, 16), Unary("Relu")
-        self.add = Add() if stride == 1 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.mix(self.conv(x))
-        out: Tensor = self.act(y if self.add is None else self.add(y, x))
-        return out
-
-
-def test_affine_beats_doing_nothing_on_a_trained_block_like_region() -> None:
-    torch.manual_seed(0)
-    block = Basic()
-    with torch.no_grad():
-        block.b.weight.mul_(0.1)
-    whole = graph(block)
-    made = build(
-        CandidateSpec.make("affine", k=3), Signature(SHAPE, SHAPE, "relu"), origin=origin(block, samples=images())
-    )
-    nothing = error(nn.Identity(), whole, UNSEEN)
-    assert error(made, whole, UNSEEN) < 0.5 * nothing
-
-
-def test_affine_declines_what_it_would_repeat() -> None:
-    module = graph(nn.Sequential(Conv(16, 16, 3), Unary("Relu")))
-    why = DERIVED["affine"].reject_origin(
-        CandidateSpec.make("affine", k=3), Signature(SHAPE, SHAPE, "relu"), Origin(module, ())
-    )
-    assert why == "the region is one convolution already"
-
-
-@pytest.mark.parametrize(("k", "out", "why"), [(2, SHAPE, "odd"), (3, (16, 20, 18), "grows")])
-def test_affine_declines(k: int, out: tuple[int, ...], why: str) -> None:
-    module = graph(nn.Sequential(Conv(16, 16, 1), Conv(16, 16, 1)), SHAPE, out)
-    reason = DERIVED["affine"].reject_origin(
-        CandidateSpec.make("affine", k=k), Signature(SHAPE, out), Origin(module, ())
-    )
-    assert why in reason
-
-
-def test_affine_keeps_the_activation_with_its_parameters() -> None:
-    leaky = LeakyRelu(0.2)
-    block = graph(nn.Sequential(Conv(16, 16, 3), Conv(16, 16, 1), leaky))
-    made = build(CandidateSpec.make("affine", k=3), Signature(SHAPE, SHAPE, "leakyrelu"), origin=Origin(block, ()))
-    (found,) = [m for m in made.modules() if isinstance(m, LeakyRelu)]
-    assert vars(found)["alpha"] == 0.2 and found is not leaky
