@@ -188,7 +188,8 @@ def main(argv: Sequence[str], say: Callable[[str], None] = print) -> int:
     if args.data is None:
         args.model, args.data = map(str, DEMO)
         if not DEMO[1].exists():
-            subprocess.run([sys.executable, str(ROOT / "tools" / "demo" / "data.py"), args.data], check=True)
+            made = [sys.executable, str(ROOT / "tools" / "demo" / "data.py"), args.data]
+            subprocess.run(made, stdout=sys.stderr, check=True)  # stdout is for the comparison
     with tempfile.TemporaryDirectory() as folder, retained_memory():
         bench, match = bench_of(args.model, args.data, Path(folder), args.images, args.seed)
         jobs = sample(match, args.per_region, args.seed)
