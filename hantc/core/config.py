@@ -77,6 +77,7 @@ class CompileConfig(BaseModel):
 
     model: Path
     target: str = "xeon"
+    backend: str | None = None  # None: the target's
     data: str | None = None
     val: str | None = None
     unlabelled: str | None = None
@@ -124,5 +125,5 @@ class EffortSettings:
 EFFORTS: dict[str, EffortSettings] = {
     "quick": EffortSettings(420, 2, 1, 14, 0.15, 12, 6, 0.40, 60, 200, 60, 0.06),
     "standard": EffortSettings(1380, 2, 1, 22, 0.15, 20, 10, 0.45, 120, 400, 120, 0.05),
-    "thorough": EffortSettings(9000, 4, 3, 60, 0.20, 40, 30, 0.45, 200, 800, 400, 0.04),
+    "thorough": EffortSettings(9000, 3, 2, 60, 0.15, 40, 16, 0.50, 200, 800, 400, 0.04),
 }

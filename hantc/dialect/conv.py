@@ -85,6 +85,10 @@ class Conv(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → (N, C', …)."""
+        return self.product(x, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight of the same shape."""
         n, stride = len(self.kernel), self.stride
         if set(self.kernel) == {1} and not any(self.pads):
             # equal; oneDNN's strided 1×1 kernel corrupts the heap in its backward pass, for 2 to 7 channels in
@@ -95,7 +99,7 @@ class Conv(Leaf):
             x = F.pad(x, torch_pads(self.pads))
         padding = self.pads[:n] if self.symmetric else (0,) * n
         op = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n]
-        out: Tensor = op(x, self.weight, self.bias, stride, padding, self.dilation, self.groups)
+        out: Tensor = op(x, weight, self.bias, stride, padding, self.dilation, self.groups)
         return out
 
     @classmethod

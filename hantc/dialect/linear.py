@@ -36,7 +36,11 @@ class Linear(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight of the same shape."""
+        return F.linear(x, weight, self.bias)
 
     @classmethod
     def parse(cls, node: OnnxNode) -> Linear:

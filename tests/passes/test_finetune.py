@@ -112,6 +112,31 @@ def test_the_step_size_is_found_by_trying_and_trials_leave_no_trace(lab: Lab) ->
     assert tuner.choose_rate(1.0, 300) == tuning.RATES[2], "no time to try"
 
 
+@pytest.mark.parametrize(
+    ("upper", "chosen"),
+    [(0.9, 3e-4), (1.1, 1e-4), (math.inf, 1e-4)],
+)
+def test_a_long_training_takes_the_larger_step_if_its_trial_did_good(
+    upper: float, chosen: float, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, ctx = lab.rewritten(), lab.fresh()
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    trials = {1e-3: 2.0, 3e-4: upper, 1e-4: 0.5, 3e-5: 0.6}  # 1e-4 ends nearest to the teacher
+    monkeypatch.setattr(tuner, "_trial", lambda rate, seconds, steps: trials[rate])
+    monkeypatch.setattr(tuner, "_evaluate", lambda average: {"kl": 1.0})
+    assert tuner.choose_rate(1e3, 300) == chosen
+
+
+def test_the_largest_step_has_none_above(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, ctx = lab.rewritten(), lab.fresh()
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    monkeypatch.setattr(tuner, "_trial", lambda rate, seconds, steps: 1e-5 / rate)  # the larger the better
+    monkeypatch.setattr(tuner, "_evaluate", lambda average: {"kl": 1.0})
+    assert tuner.choose_rate(1e3, 300) == tuning.RATES[0]
+
+
 def test_a_resumed_training_keeps_its_step_size(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     state, ctx = lab.rewritten(), lab.fresh(effort={"finetune_epochs": 4})
     assert state.student is not None and ctx.data is not None
