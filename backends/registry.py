@@ -17,6 +17,7 @@ GROUP = "hantc.backends"
 BUILTIN: Mapping[str, str] = MappingProxyType(
     {
         "onnxruntime": "hantc.backends.onnxruntime.backend:OnnxRuntimeBackend",
+        "openvino": "hantc.backends.openvino.backend:OpenVinoBackend",
         "roofline": "hantc.backends.roofline.backend:RooflineBackend",
     }
 )
@@ -38,6 +39,8 @@ def get_backend(name: str) -> Backend:
         raise HantcError(f"the backend {name!r} does not load: {e}", hint="reinstall or remove its package") from e
     if not isinstance(backend, Backend):
         raise HantcError(f"the backend {name!r} does not implement hantc.core.backend_api.Backend")
+    if backend.name != name:  # runs are verified, and their rows kept, under its own
+        raise HantcError(f"the backend {name!r} calls itself {backend.name!r}", hint="its entry point needs that name")
     return backend
 
 

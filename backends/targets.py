@@ -1,33 +1,136 @@
-"""Named targets: what `--target` accepts."""
+"""Targets: what `--target` accepts. Each is a TOML file, a built-in one under `machines/` or the user's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tomllib
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
 
-from hantc.core.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from hantc.backends.registry import get_backend
+from hantc.backends.roofline.backend import RooflineBackend
+from hantc.backends.roofline.model import Machine
+from hantc.core.backend_api import Backend
+from hantc.core.errors import HantcError, UsageError
+
+GROUP = "hantc.targets"
+_SUFFIX = ".toml"
 
 
-@dataclass(frozen=True)
-class Target:
-    """A machine to compile for: which backend stands for it, at which precisions and batch size."""
+class Ceilings(BaseModel):
+    """A machine as the roofline model sees it; figures are per core unless they say otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "a machine"
+    peak_fp32: PositiveFloat = Machine.peak_fp32  # FLOP/s (a multiply-add is two)
+    peak_int8: PositiveFloat = Machine.peak_int8
+    bandwidth: PositiveFloat = Machine.bandwidth  # bytes/s
+    bandwidth_max: PositiveFloat = Machine.bandwidth_max  # bytes/s, all cores
+    op_overhead_s: float = Field(default=Machine.op_overhead_s, ge=0)
+    parallel_efficiency: float = Field(default=Machine.parallel_efficiency, gt=0, le=1)  # of each core after the first
+
+
+class Target(BaseModel):
+    """A machine to compile for: which backend stands for it, at which precisions, batch size and thread count."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     backend: str
-    precisions: tuple[str, ...]
-    batch: int
-    description: str
+    precisions: tuple[Literal["fp32", "int8", "fp16", "bf16"], ...] = Field(min_length=1)
+    batch: PositiveInt = 1
+    threads: PositiveInt | None = None  # None: physical cores
+    description: str = ""
+    ceilings: Ceilings | None = None  # of the roofline backend
+
+    @field_validator("precisions")
+    @classmethod
+    def _with_fp32(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "fp32" not in value:
+            raise ValueError("fp32 must be among them: every choice is weighed against the teacher in FP32")
+        return value
+
+    def on(self, backend: str) -> Target:
+        """The same machine with another engine; ceilings are the roofline model's alone."""
+        kept = self.ceilings if backend == RooflineBackend.name else None
+        return self.model_copy(update={"backend": backend, "ceilings": kept})
+
+    def make_backend(self) -> Backend:
+        """The backend that stands for it. UsageError if there is none of that name, or it takes no ceilings."""
+        if self.ceilings is None:
+            return get_backend(self.backend)
+        if self.backend != RooflineBackend.name:
+            hint = f"{self.backend} knows its machine: leave [ceilings] out"
+            raise UsageError("ceilings are for the roofline backend alone", where=f"--target {self.name}", hint=hint)
+        return RooflineBackend(Machine(**self.ceilings.model_dump()))
 
 
-TARGETS: tuple[Target, ...] = (
-    Target("xeon", "onnxruntime", ("fp32", "int8"), 1, "server CPU, ONNX Runtime, FP32 and INT8, batch 1"),
-    Target("cpu", "onnxruntime", ("fp32", "int8"), 1, "this machine's CPU, ONNX Runtime, FP32 and INT8, batch 1"),
-    Target("roofline", "roofline", ("fp32", "int8"), 1, "no hardware: predicted figures of a roofline model"),
-)
+def targets() -> dict[str, Target | HantcError]:
+    """All that have a name: the built-in ones, and third parties' through the entry point group `hantc.targets`, whose
+    objects are `Target`s; the error in the place of one that does not load."""
+    found: dict[str, Target | HantcError] = {name: _builtin(name) for name in _builtin_names()}
+    for point in entry_points(group=GROUP):
+        if point.name not in found:  # built-in names cannot be taken over
+            try:
+                found[point.name] = _external(point)
+            except HantcError as e:
+                found[point.name] = e
+    return found
 
 
 def get_target(name: str) -> Target:
-    """The target called `name`. UsageError that lists the known names otherwise."""
-    for target in TARGETS:
-        if target.name == name:
-            return target
-    raise UsageError(f"unknown target {name!r}", where="--target", hint="one of: " + ", ".join(t.name for t in TARGETS))
+    """The target called `name`, or that of the TOML file of this path. UsageError that lists the known names, or says
+    what is wrong with the file; HantcError if it is a third party's and fails to load."""
+    if name.endswith(_SUFFIX):
+        path = Path(name).expanduser()
+        try:
+            return _parse(path.read_text(encoding="utf-8"), path.stem, name)
+        except OSError as e:
+            raise UsageError(f"cannot be read: {e.strerror}", where=f"--target {name}") from e
+        except UnicodeDecodeError as e:
+            raise UsageError("is not a text file", where=f"--target {name}") from e
+    builtin, points = _builtin_names(), {p.name: p for p in entry_points(group=GROUP)}
+    if name in builtin:
+        return _builtin(name)
+    if name in points:
+        return _external(points[name])
+    hint = "one of: " + ", ".join((*builtin, *points)) + "; or a file, ./mine.toml"
+    raise UsageError(f"unknown target {name!r}", where="--target", hint=hint)
+
+
+def _builtin_names() -> tuple[str, ...]:
+    found = (entry.name for entry in files("hantc.backends").joinpath("machines").iterdir())
+    return tuple(sorted(name.removesuffix(_SUFFIX) for name in found if name.endswith(_SUFFIX)))
+
+
+def _builtin(name: str) -> Target:
+    file = files("hantc.backends").joinpath("machines", name + _SUFFIX)
+    return _parse(file.read_text(encoding="utf-8"), name, name)
+
+
+def _external(point: EntryPoint) -> Target:
+    hint = "reinstall or remove its package"
+    try:
+        loaded = point.load()
+    except Exception as e:  # a third party's code may raise anything
+        raise HantcError(f"the target {point.name!r} does not load: {e}", hint=hint) from e
+    if not isinstance(loaded, Target):
+        raise HantcError(f"the target {point.name!r} is not a hantc.backends.targets.Target", hint=hint)
+    return loaded.model_copy(update={"name": point.name})
+
+
+def _parse(text: str, name: str, where: str) -> Target:
+    try:
+        return Target.model_validate({"name": name, **tomllib.loads(text)})
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"is not TOML: {e}", where=f"--target {where}") from e
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"{key}: {first['msg']}", where=f"--target {where}", hint="hantc targets --json shows some"
+        ) from e

@@ -51,11 +51,16 @@ def make_parser(prog: str, description: str, **kwargs: Any) -> argparse.Argument
 
 def machine_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("machine")
-    g.add_argument("--target", default="xeon", help="what to compile for (hantc targets lists them); default xeon")
+    g.add_argument(
+        "--target",
+        default="xeon",
+        help="what to compile for: a name that hantc targets lists, or a .toml file; default xeon",
+    )
+    g.add_argument("--backend", metavar="B", help="inference engine; default the target's (hantc doctor lists them)")
     g.add_argument(
         "--precision", choices=("auto", "fp32", "int8", "fp16"), default="auto", help="precisions to choose from"
     )
-    g.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time; default 1")
+    g.add_argument("--batch", type=int, metavar="N", help="images at a time; default the target's, mostly 1")
     g.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
 
 

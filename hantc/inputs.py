@@ -13,9 +13,9 @@ import torch
 from onnx import ModelProto
 from pydantic import ValidationError
 
-from hantc.backends.registry import get_backend
+from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
-from hantc.core.backend_api import Capabilities
+from hantc.core.backend_api import Backend, Capabilities
 from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration, parse_size
 from hantc.core.errors import UsageError
 from hantc.core.progress import Reporter
@@ -49,6 +49,8 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
         "store_limit": lambda text: parse_size(text, "--store-limit"),
     }
     given |= {k: f(str(given[k])) for k, f in parse.items() if k in given}
+    if str(given.get("target", "")).endswith(".toml"):  # a run is verified from anywhere
+        given["target"] = str(Path(given["target"]).expanduser().absolute())
     given |= {k: os.fspath(given[k]) for k in ("data", "val", "unlabelled", "preprocess") if k in given}
     given = {"out": path.with_suffix(".hantc"), "store": default_store(), **given}
     try:
@@ -61,23 +63,36 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
 
 
 def prepare(
-    config: CompileConfig, reporter: Reporter, model: ModelProto | None = None, *, measure_only: bool = False
+    config: CompileConfig,
+    reporter: Reporter,
+    model: ModelProto | None = None,
+    *,
+    measure_only: bool = False,
+    target: Target | None = None,
 ) -> tuple[State, Context]:
     """Check every option and input before any work is done; UsageError names the one that is wrong.
 
-    `measure_only`: latencies need no images, so random input stands in for missing data. The run folder is
-    made last of all: a run that cannot begin leaves nothing behind.
+    `target`: what `config.target` was when a run began; else it is looked up. `measure_only`: latencies need no
+    images, so random input stands in for missing data. The run folder is made last of all: a run that cannot begin
+    leaves nothing behind.
     """
-    target = get_target(config.target)
+    target = target or get_target(config.target)
+    if config.backend is not None:
+        target = target.on(config.backend)
+    if "batch" not in config.model_fields_set:
+        config = config.model_copy(update={"batch": target.batch})
     check_folder(config.out, f"--out {config.out}")
     model = model if model is not None else load_onnx(config.model)
     info = model_info(model)
     _check_model(info, config)
-    backend = get_backend(target.backend)
+    backend = target.make_backend()
     capabilities = backend.capabilities()
     if not capabilities.available:
-        raise UsageError(f"target {target.name} cannot be used here: {capabilities.reason}", where="--target")
-    threads = config.threads or capabilities.device.cores
+        where = "--target" if config.backend is None else "--backend"
+        raise UsageError(
+            f"target {target.name} cannot be used with {backend.name} here: {capabilities.reason}", where=where
+        )
+    threads = config.threads or target.threads or capabilities.device.cores
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     torch.manual_seed(config.seed)
     effort = EFFORTS[config.effort]
@@ -101,6 +116,8 @@ def prepare(
         threads=threads,
         out=config.out,
         data=data,
+        rivals=_rivals(backend, capabilities),
+        target=target.model_dump(mode="json"),
     )
     for note in (*capabilities.notes, *(data.notes if data else ())):
         ctx.note(note)
@@ -112,6 +129,15 @@ def prepare(
     elif config.precision == "int8":
         ctx.note("--precision int8 admits INT8 everywhere; regions that are better or faster in FP32 stay in FP32")
     return State(model=model, model_hash=_hash(model)), ctx
+
+
+def _rivals(backend: Backend, capabilities: Capabilities) -> tuple[Backend, ...]:
+    """The other engines that can be timed here, if this one is: what the same machine can do without it."""
+    if not capabilities.measures:
+        return ()
+    others = {n: c for n, c in available().items() if n != backend.name and c.available and c.measures}
+    here = capabilities.device
+    return tuple(get_backend(n) for n, c in others.items() if (c.device.cpu, c.device.cores) == (here.cpu, here.cores))
 
 
 def _hash(model: ModelProto) -> str:

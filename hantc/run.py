@@ -16,6 +16,7 @@ from onnx import ModelProto
 from torch import fx, nn
 
 import hantc
+from hantc.backends.targets import Target
 from hantc.core.atomic import write_bytes, write_json
 from hantc.core.config import CompileConfig
 from hantc.core.errors import BudgetError, HantcError, UsageError
@@ -104,6 +105,7 @@ def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summar
             "model": str(config.model),
             "model_hash": state.model_hash,
             "target": config.target,
+            "target_definition": dict(ctx.target),
             "device": {**asdict(device), "threads": ctx.threads, "notes": list(ctx.capabilities.notes)},
             "data": None if ctx.data is None else _data_facts(ctx.data),
             "seed": config.seed,
@@ -210,10 +212,10 @@ def compile(
 
     `model`: path of an ONNX file, or a torch module (then `example_input`, a batch of one, is needed; the
     exported teacher is kept as `teacher.onnx` in the run folder). `budget`: fraction of the teacher's latency
-    (0.5) or milliseconds ("8ms"). Other options are those of the command line with underscores: `val`,
-    `unlabelled`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds), `precision`, `threads`,
-    `batch`, `lut`, `out`, `store`, `seed`; a module also takes `name`. Raises what the command line exits with:
-    UsageError (2), BudgetError (1), HantcError (3).
+    (0.5) or milliseconds ("8ms"). `target`: a name or a TOML file. Other options are those of the command line
+    with underscores: `val`, `unlabelled`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds),
+    `precision`, `backend`, `threads`, `batch`, `lut`, `out`, `store`, `seed`; a module also takes `name`. Raises
+    what the command line exits with: UsageError (2), BudgetError (1), HantcError (3).
     """
     proto: ModelProto | None = None
     if isinstance(model, nn.Module):
@@ -261,6 +263,7 @@ def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
         config = make_config(
             teacher,
             target=summary.target,
+            backend=summary.backend,
             threads=summary.device.threads,
             batch=summary.batch,
             seed=summary.seed,
@@ -268,7 +271,8 @@ def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
             store=Path(place, "store"),
             **wanted,
         )
-        state, ctx = prepare(config, reporter)
+        target = Target.model_validate(summary.target_definition) if summary.target_definition else None
+        state, ctx = prepare(config, reporter, target=target)
         predicted = summary.predicted_latency_ms or math.nan
         plan = Plan((), predicted, math.inf, 0.0)
         state = replace(state, emitted=student, plan=plan, costs=CostTable((), summary.teacher.latency_ms or 1.0, 0.0))

@@ -82,7 +82,7 @@ def one_epoch(
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
         for j in jobs:
-            step(j, values)
+            step(j, values, whole=True)
         if optimizer is not None:
             optimizer.step()
         if not box.advance():

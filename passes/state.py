@@ -102,6 +102,8 @@ class Context:
     threads: int
     out: Path
     data: Dataset | None = None
+    rivals: tuple[Backend, ...] = ()  # other engines that can be timed on this machine
+    target: Mapping[str, object] = field(default_factory=dict)  # the target's definition, as its file has it
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -32,8 +32,16 @@ from hantc.passes.engine import (
 from hantc.passes.state import Context
 
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
-RECIPE = {"version": 8, "optimizer": "adam", "rate": RATE, "loss": "relative_mse", "rungs": RUNGS}
+RECIPE = {
+    "version": 9,
+    "optimizer": "adam",
+    "rate": RATE,
+    "loss": "relative_mse",
+    "rungs": RUNGS,
+}
 _POSITIONS = 1 << 16  # of a region's input maps that a candidate is derived from; fits look at fewer still
+_STEP_POSITIONS = 1 << 13  # of a region's input maps that a candidate learns from in one step, at least
+_LEAST_IMAGES = 16  # in one step, however large the maps
 _SAMPLES = (32, 256)  # images for the same, at least and at most
 
 
@@ -153,14 +161,16 @@ def activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> Activ
     return Activations(dict(zip(taps, values, strict=True)))
 
 
-def step(job: Job, values: Activations) -> None:
-    """Forward and backward of one candidate; a non-finite loss ends its training, not the run."""
+def step(job: Job, values: Activations, *, whole: bool = False) -> None:
+    """Forward and backward of one candidate, on those images of the batch that it needs (`whole`: on all usual ones);
+    a non-finite loss ends its training, not the run."""
     if job.dead or job.rival:
         return
     ends = (job.region.input, job.region.output)
     (source, target), variance, usual = (values[e] for e in ends), values.variance(ends[1]), values.usual(*ends)
-    if usual is not None:  # norms in training would take their statistics from the others alone
-        source, target, variance = source[usual], target[usual], variance[usual]
+    chosen = _chosen(job, source.shape[0], usual, whole=whole)
+    if chosen is not None:
+        source, target, variance = source[chosen], target[chosen], variance[chosen]
     loss = relative_mse(job.module(source), target, variance)
     if not torch.isfinite(loss):
         job.dead = "its training diverged (non-finite loss)"
@@ -173,7 +183,20 @@ def step(job: Job, values: Activations) -> None:
     decay = min(0.98, job.steps / (job.steps + 3))  # young averages follow quickly
     value = float(loss.detach())
     job.loss = value if math.isnan(job.loss) else decay * job.loss + (1 - decay) * value
-    job.seen += values[job.region.input].shape[0]
+    job.seen += source.shape[0]
+
+
+def _chosen(job: Job, n: int, usual: Tensor | None, *, whole: bool) -> Tensor | None:
+    """Which images of a batch of `n` a candidate learns from in this step; None: all.
+
+    Those that are not usual stay out: norms in training would take their statistics from them alone. And a
+    convolution learns from positions: where an image has many, a part of the images is enough, in turn."""
+    least = math.ceil(_STEP_POSITIONS / math.prod(job.region.in_shape[1:]))
+    wanted = n if whole else max(_LEAST_IMAGES, least)
+    images = torch.arange(n) if usual is None else usual.nonzero().flatten()
+    if len(images) <= wanted:
+        return None if usual is None else images
+    return images.roll(-job.steps * wanted % len(images))[:wanted]
 
 
 def _retire(jobs: Sequence[Job], clearly: float) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,8 +25,9 @@ from hantc.dialect.qdq import QuantSpec, quantize_whole
 from hantc.passes.assemble import calibration_feeds
 from hantc.passes.state import Context, State
 
-_VERSION = 6
+_VERSION = 7
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
+_TURNS = 3  # of timing the teacher with this engine and with another
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
 
 
@@ -55,6 +57,7 @@ class Verify:
                 "teacher": state.model_hash,
                 "device": ctx.device_key,
                 "options": [ctx.threads, ctx.config.batch, ctx.backend.name],
+                "rivals": [asdict(r.capabilities().device) for r in ctx.rivals],
                 "data": ctx.data.fingerprint if ctx.data else None,
                 "predicted": [state.plan.predicted_latency_ms, state.costs.teacher_ms],
             }
@@ -62,8 +65,7 @@ class Verify:
         stored = ctx.store.get_json("verify", key)
         if stored is not None:
             emitted = state.model if stored["kept_original"] else state.emitted
-            if stored["timing_note"]:
-                ctx.note(stored["timing_note"])
+            _tell(stored, ctx)
             return replace(state, summary=stored, emitted=emitted)
         baseline, reason = self._baseline(state, ctx)
         networks = [state.model, state.emitted] + ([baseline] if baseline is not None else [])
@@ -75,10 +77,10 @@ class Verify:
             emitted, kept_original = state.model, True
             timings[1] = timings[0]
         facts = self._facts(state, ctx, [networks[0], emitted, *networks[2:]], timings, clock.median_ms)
-        note = self._restless([*timings, clock])
-        if note:
-            ctx.note(note)
-        facts |= {"baseline_int8_reason": reason, "kept_original": kept_original, "timing_note": note}
+        facts |= {"baseline_int8_reason": reason, "kept_original": kept_original}
+        facts["timing_note"] = self._restless([*timings, clock])
+        facts["teacher_by_backend"] = self._elsewhere(state.model, timings[0].median_ms, ctx)
+        _tell(facts, ctx)
         if ctx.capabilities.measures:
             ctx.store.put_json("verify", key, facts)
         return replace(state, summary=facts, emitted=emitted)
@@ -114,6 +116,23 @@ class Verify:
             pace = first.median_ms / teacher.median_ms
             timings.append(replace(other, median_ms=other.median_ms * pace, iqr_ms=other.iqr_ms * pace))
         return timings
+
+    @staticmethod
+    def _elsewhere(teacher: ModelProto, ms: float, ctx: Context) -> dict[str, float]:
+        """The teacher's latency with every engine that can be timed here, on the clock of `ms`, the chosen one's."""
+        found = {ctx.backend.name: ms}
+        spec = BuildSpec(ctx.threads, ctx.config.batch)
+        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=5, samples=15, min_sample_ms=15.0)
+        for rival in ctx.rivals:
+            try:
+                artefacts = [(b, b.build(teacher, spec)) for b in (ctx.backend, rival)]
+                # in turns, since no engine times another's artefacts, and the machine's speed may change
+                turns = [[b.measure([a], protocol)[0].median_ms for b, a in artefacts] for _ in range(_TURNS)]
+            except HantcError as error:
+                ctx.reporter.event("elsewhere", backend=rival.name, refused=error.message)
+                continue
+            found[rival.name] = ms * median(there / here for here, there in turns)
+        return found
 
     @staticmethod
     def _restless(timings: Sequence[Timing]) -> str:
@@ -181,6 +200,20 @@ class Verify:
                 artefact = ctx.backend.build(model, spec)
                 found.append(_run_split(ctx, artefact, model, split, bar))
         return found
+
+
+def _tell(facts: Mapping[str, Any], ctx: Context) -> None:
+    """The notes that follow from the figures."""
+    if facts["timing_note"]:
+        ctx.note(facts["timing_note"])
+    by_backend: Mapping[str, float] = facts["teacher_by_backend"]
+    fastest = min(by_backend, key=lambda name: by_backend[name])
+    here, there = by_backend[ctx.backend.name], by_backend[fastest]
+    if there * _NOISE < here:
+        ctx.note(
+            f"{fastest} runs the teacher in {there:.2f} ms where {ctx.backend.name} takes {here:.2f} ms: "
+            f"--backend {fastest} compiles for it"
+        )
 
 
 def _run_split(ctx: Context, artefact: Artefact, model: ModelProto, split: Split | None, bar: Any) -> _Outputs:

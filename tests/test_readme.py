@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import hantc.run
+from hantc.backends.registry import available
 from hantc.cli import COMMANDS
 from hantc.core.config import CompileConfig
 from hantc.core.progress import Reporter
@@ -47,6 +48,7 @@ def workplace(tiny: Tiny, compiled: Compiled, tmp_path: Path, monkeypatch: pytes
     for name in ("model.hantc", "other.hantc"):
         shutil.copytree(compiled.folder, home / name)
     shutil.copy(compiled.folder / "lut.json", home / "table.json")
+    (home / "board.toml").write_text('backend = "onnxruntime"\nprecisions = ["fp32"]\nthreads = 1\n')
     monkeypatch.chdir(home)
     monkeypatch.setenv("HANTC_STORE", str(compiled.store))
     return home
@@ -79,6 +81,8 @@ def test_command(
 ) -> None:
     words = shlex.split(line, comments=True)[1:]
     heavy = words[0] not in COMMANDS
+    if "openvino" in words and not available()["openvino"].available:
+        pytest.skip("OpenVINO is not installed")
     if words[0] == "profile":
         words += ["--effort", "quick", "--threads", "1"]
     if "imagenet" in words:  # the tiny teacher was not trained on such pixels

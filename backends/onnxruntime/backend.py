@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from hantc.backends.device import fingerprint, needs_reduced_range
 from hantc.backends.feeds import random_feeds
-from hantc.backends.onnxruntime.device import fingerprint, needs_reduced_range
-from hantc.backends.onnxruntime.timing import measure_interleaved
+from hantc.backends.timing import measure_interleaved
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.types import Protocol, Timing
@@ -77,7 +77,7 @@ class OnnxRuntimeBackend:
         return Artefact(handle=_Handle(session, spec.threads, problem), feeds=feeds, size_bytes=len(data))
 
     def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
-        """Interleaved latencies; see `hantc.backends.onnxruntime.timing` for how noise is dealt with.
+        """Interleaved latencies; see `hantc.backends.timing` for how noise is dealt with.
 
         HantcError if an artefact was built for other threads than the protocol's, has no timing feeds, or
         fails while it runs.

@@ -17,7 +17,7 @@ from hantc.core.errors import UsageError
 from hantc.core.types import CostTable, Device, Region, digest
 
 SCHEMA_VERSION = 1
-_MEASURE = "measure here: hantc profile MODEL --target TARGET --lut FILE"
+_MEASURE = "measure here: hantc profile MODEL --target TARGET [--backend B] --lut FILE"
 
 
 @dataclass(frozen=True)

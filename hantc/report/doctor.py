@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hantc.backends.registry import available
-from hantc.backends.targets import TARGETS
+from hantc.backends.targets import targets
+from hantc.core.errors import HantcError
 
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnx-graphsurgeon", "networkx", "pulp", "highspy")
 
@@ -53,7 +54,7 @@ def doctor_table(data: dict[str, Any]) -> RenderableType:
             name,
             "yes" if c["available"] else "no",
             " ".join(c["precisions"]),
-            "measured" if c["measures"] else "predicted",
+            "" if not c["available"] else "measured" if c["measures"] else "predicted",
             remarks,
         )
     packages = Table("library", "version", title="libraries")
@@ -65,7 +66,16 @@ def doctor_table(data: dict[str, Any]) -> RenderableType:
 def targets_data() -> list[dict[str, Any]]:
     """Every target, and whether it can be compiled for here."""
     found = available()
-    return [{**asdict(t), "available": found[t.backend].available, "reason": found[t.backend].reason} for t in TARGETS]
+    told = []
+    for name, t in targets().items():
+        if isinstance(t, HantcError):
+            broken = {"name": name, "backend": "", "precisions": [], "description": "", "available": False}
+            told.append({**broken, "reason": t.message})
+            continue
+        here = found.get(t.backend)
+        usable, reason = (here.available, here.reason) if here else (False, f"no backend {t.backend!r}")
+        told.append({**t.model_dump(mode="json"), "available": usable, "reason": reason})
+    return told
 
 
 def targets_table() -> RenderableType:

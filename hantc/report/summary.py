@@ -119,6 +119,8 @@ class Summary(_Record):
     ops: OpCounts = Field(default_factory=OpCounts)
     predicted: bool = False  # the latencies come from the backend's model of the machine, not from a clock
     backend: str | None = None
+    teacher_by_backend: dict[str, float] = Field(default_factory=dict)  # ms, with each engine that there was
+    target_definition: dict[str, Any] = Field(default_factory=dict)  # what `target` was then: it may be a file
     batch: int | None = None
     effort: str | None = None
     max_relative_difference: Number = None  # of the student's outputs from the teacher's

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from hantc.backends import device
 from hantc.backends.feeds import random_feeds
-from hantc.backends.onnxruntime import device
 from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
-from hantc.backends.onnxruntime.timing import measure_interleaved
+from hantc.backends.timing import measure_interleaved
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.types import Device, Protocol

@@ -280,6 +280,47 @@ def test_images_far_beyond_the_rest_are_not_trained_on(lab: Lab) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs), "nor do they count in statistics"
 
 
+def test_where_maps_are_large_a_part_of_the_images_in_turn_is_enough(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lab.matched.match is not None
+    region = lab.matched.match.region("r02")  # 12 by 12
+    monkeypatch.setattr(training, "_STEP_POSITIONS", 20 * 144 - 1)
+    job = Job(region, STACK, built(region, STACK), "k")
+
+    def turns(n: int, usual: torch.Tensor | None = None, *, whole: bool = False) -> list[list[int] | None]:
+        found = []
+        for i in range(3):
+            job.steps = i
+            chosen = training._chosen(job, n, usual, whole=whole)
+            found.append(None if chosen is None else chosen.tolist())
+        return found
+
+    first, second, third = [list(range(20)), list(range(20, 40)), [*range(40, 50), *range(10)]]
+    assert turns(50) == [first, second, third]
+    assert turns(20) == turns(50, whole=True) == [None] * 3
+    usual = torch.arange(50) % 2 == 0
+    odd_ones_out = turns(50, usual)
+    assert odd_ones_out[0] == list(range(0, 40, 2))
+    assert odd_ones_out[1] == [*range(40, 50, 2), *range(0, 30, 2)]
+    assert turns(50, usual, whole=True) == [list(range(0, 50, 2))] * 3
+    monkeypatch.setattr(training, "_STEP_POSITIONS", 1)
+    assert [len(t or ()) for t in turns(50)] == [16] * 3, "images differ by more than positions do"
+
+
+def test_a_step_learns_from_its_part_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lab.matched.network is not None and lab.matched.match is not None
+    region = lab.matched.match.region("r02")
+    taps = [region.input, region.output]
+    x, _ = lab.labelled.train.batch(list(range(32)))
+    values = activations(with_taps(lab.matched.network, taps), taps, x)
+    monkeypatch.setattr(training, "_STEP_POSITIONS", 1)
+    part, whole = (Job(region, STACK, built(region, STACK), "k") for _ in range(2))
+    step(part, values)
+    step(whole, Activations({k: v[:16] for k, v in values.items()}), whole=True)
+    assert part.seen == whole.seen == 16
+    pairs = zip(part.module.parameters(), whole.module.parameters(), strict=True)
+    assert all(a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, rtol=0.2) for a, b in pairs)
+
+
 def built(region: Region, spec: CandidateSpec) -> fx.GraphModule:
     torch.manual_seed(0)
     return registry.build(spec, Signature.of(region)).train()

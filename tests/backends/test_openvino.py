@@ -1,0 +1,81 @@
+"""What OpenVINO's backend has of its own; the conformance suite holds for the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
+from hantc.backends.openvino import backend as module
+from hantc.backends.openvino.backend import OpenVinoBackend
+from hantc.core.backend_api import BuildSpec
+from hantc.core.errors import HantcError, ModelError
+from hantc.dialect.qdq import QuantSpec, quantize
+from tests.backends.test_conformance import conv_net
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def backend() -> OpenVinoBackend:
+    found = OpenVinoBackend()
+    if not found.capabilities().available:
+        pytest.skip(found.capabilities().reason)
+    return found
+
+
+def test_a_missing_library_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ov", None)
+    caps = OpenVinoBackend().capabilities()
+    assert not caps.available and "pip install openvino" in caps.reason
+
+
+def test_it_runs_at_other_batches_than_it_is_timed_at(backend: OpenVinoBackend) -> None:
+    model = conv_net()
+    artefact = backend.build(model, BuildSpec(batch=1))
+    reference = OnnxRuntimeBackend()
+    session = reference.build(model, BuildSpec())
+    for batch in (3, 1, 3):
+        feeds = {"x": RNG.standard_normal((batch, 3, 8, 8)).astype(np.float32)}
+        (got,), (want,) = backend.run(artefact, feeds), reference.run(session, feeds)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert len(artefact.handle.requests) == 2, "compiled once for each shape"
+
+
+def test_outputs_are_not_overwritten_by_the_next_run(backend: OpenVinoBackend) -> None:
+    artefact = backend.build(conv_net(), BuildSpec())
+    feeds = [{"x": RNG.standard_normal((1, 3, 8, 8)).astype(np.float32)} for _ in range(2)]
+    (first,) = backend.run(artefact, feeds[0])
+    kept = first.copy()
+    (second,) = backend.run(artefact, feeds[1])
+    np.testing.assert_array_equal(first, kept)
+    assert not np.array_equal(first, second)
+
+
+def test_a_quantised_file_gives_what_onnx_runtime_gives(backend: OpenVinoBackend) -> None:
+    """To within a step or two of the output's grid: the engines round sums differently."""
+    model = conv_net()
+    del model.graph.node[1]  # the norm stays float
+    model.graph.node[1].input[0] = "c1"
+    feeds = [{"x": RNG.standard_normal((8, 3, 8, 8)).astype(np.float32)}]
+    quantised = quantize(model, None, feeds, QuantSpec(reduce_range=backend.capabilities().reduce_range))
+    assert any(n.op_type == "QuantizeLinear" for n in quantised.graph.node)
+    reference = OnnxRuntimeBackend()
+    (want,) = reference.run(reference.build(quantised, BuildSpec(batch=8)), feeds[0])
+    (got,) = backend.run(backend.build(quantised, BuildSpec(batch=8)), feeds[0])
+    assert np.abs(got - want).max() <= 0.05 * np.ptp(want)
+
+
+def test_other_symbolic_dims_run_but_are_not_timed(backend: OpenVinoBackend) -> None:
+    model = conv_net(size="side")
+    artefact = backend.build(model, BuildSpec())
+    assert backend.run(artefact, {"x": np.zeros((1, 3, 8, 8), dtype=np.float32)})[0].shape == (1, 5)
+    with pytest.raises(ModelError, match="cannot be timed"):
+        module.bound_run(artefact)
+
+
+def test_errors_say_what_openvino_says_not_where_in_its_source(backend: OpenVinoBackend) -> None:
+    model = conv_net()
+    model.graph.node[2].op_type = "NoSuchOperator"
+    with pytest.raises(HantcError, match="NoSuchOperator"):
+        backend.build(model, BuildSpec())

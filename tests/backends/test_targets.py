@@ -1,0 +1,119 @@
+"""Targets: built in, from files, from third parties."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from hantc.backends import registry, targets
+from hantc.backends.roofline.backend import RooflineBackend
+from hantc.backends.targets import Target, get_target
+from hantc.core.errors import HantcError, UsageError
+from hantc.report.doctor import targets_data, targets_table
+
+MINE = """
+backend = "roofline"
+precisions = ["fp32"]
+batch = 8
+threads = 4
+[ceilings]
+name = "my board"
+peak_fp32 = 5e9
+"""
+THEIRS = Target(name="x", backend="roofline", precisions=("fp32",), description="theirs")
+
+
+def test_built_in_targets_name_backends_that_exist() -> None:
+    found = targets.targets()
+    assert set(found) == {"cpu", "roofline", "xeon"}
+    for name, target in found.items():
+        assert isinstance(target, Target)
+        assert target.name == name and target.description
+        assert get_target(name) == target
+        assert set(target.precisions) <= set(registry.get_backend(target.backend).capabilities().precisions)
+
+
+def test_the_built_in_ceilings_are_the_models_own() -> None:
+    made = get_target("roofline").make_backend()
+    assert isinstance(made, RooflineBackend)
+    assert made.machine == RooflineBackend().machine
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="'toaster'") as caught:
+        get_target("toaster")
+    assert "cpu, roofline, xeon" in str(caught.value.hint)
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "board.toml"
+    file.write_text(MINE)
+    target = get_target(str(file))
+    assert (target.name, target.batch, target.threads) == ("board", 8, 4)
+    backend = target.make_backend()
+    assert isinstance(backend, RooflineBackend)
+    assert (backend.machine.name, backend.machine.peak_fp32) == ("my board", 5e9)
+    assert backend.machine.bandwidth == RooflineBackend().machine.bandwidth, "what is not given stays"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("backend = ", "is not TOML"),
+        ('precisions = ["fp32"]', "backend"),
+        ('backend = "roofline"\nprecisions = ["fp3"]', "precisions.0"),
+        ('backend = "roofline"\nprecisions = []', "precisions"),
+        ('backend = "roofline"\nprecisions = ["int8"]', "fp32 must be among them"),
+        (MINE + "speed = 3", "ceilings.speed"),
+        (MINE.replace("5e9", "-1"), "ceilings.peak_fp32"),
+        (MINE.replace("= 8", "= 0"), "batch"),
+    ],
+)
+def test_a_bad_file_is_told_of_by_its_key(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.toml") as caught:
+        get_target(str(file))
+    assert told in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        get_target(str(tmp_path / "none.toml"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="not a text file"):
+        get_target(str(tmp_path / "bytes.toml"))
+
+
+def test_only_the_roofline_takes_ceilings(tmp_path: Path) -> None:
+    file = tmp_path / "odd.toml"
+    file.write_text(MINE.replace('"roofline"', '"onnxruntime"'))
+    with pytest.raises(UsageError, match="roofline backend alone"):
+        get_target(str(file)).make_backend()
+
+
+def test_third_party_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("theirs", "tests.backends.test_targets:THEIRS", targets.GROUP),
+        EntryPoint("xeon", "tests.backends.test_targets:THEIRS", targets.GROUP),  # must not take over
+    ]
+    monkeypatch.setattr(targets, "entry_points", lambda group: points if group == targets.GROUP else [])
+    assert get_target("theirs").description == "theirs" and get_target("theirs").name == "theirs"
+    assert get_target("xeon").backend == "onnxruntime"
+    for broken, told in (("no_such_module_at_all:X", "does not load"), ("builtins:dict", "is not a")):
+        points[:] = [EntryPoint("broken", broken, targets.GROUP)]
+        with pytest.raises(HantcError, match=told):
+            get_target("broken")
+        assert get_target("xeon").name == "xeon", "others are not concerned"
+        found = targets.targets()["broken"]
+        assert isinstance(found, HantcError) and told in found.message
+        (row,) = [t for t in targets_data() if t["name"] == "broken"]
+        assert not row["available"] and told in row["reason"]
+        assert targets_table() is not None
+
+
+def test_another_engine_takes_no_ceilings() -> None:
+    assert get_target("roofline").on("onnxruntime").make_backend().name == "onnxruntime"
+    assert get_target("roofline").on("roofline") == get_target("roofline")

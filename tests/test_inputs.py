@@ -1,0 +1,99 @@
+"""What a run needs before it begins: target files, engines, and what follows from them."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import hantc
+from hantc.backends import registry
+from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
+from hantc.core.errors import UsageError
+from hantc.core.progress import Reporter
+from hantc.inputs import make_config, prepare
+from hantc.passes.state import Context
+from hantc.run import verify_run
+
+if TYPE_CHECKING:
+    from tests.conftest import Tiny
+
+BOARD = """
+backend = "roofline"
+precisions = ["fp32", "int8"]
+batch = 4
+threads = 3
+[ceilings]
+peak_fp32 = {peak}
+"""
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Path:
+    file = tmp_path / "board.toml"
+    file.write_text(BOARD.format(peak=1e9))
+    return file
+
+
+def context(tiny: Tiny, place: Path, **options: Any) -> Context:
+    config = make_config(tiny.model, out=place / "out", store=place / "store", **options)
+    return prepare(config, Reporter())[1]
+
+
+def test_batch_and_threads_are_the_targets_unless_given(tiny: Tiny, tmp_path: Path, board: Path) -> None:
+    ctx = context(tiny, tmp_path, target=board)
+    assert (ctx.config.batch, ctx.threads, ctx.backend.name) == (4, 3, "roofline")
+    ctx = context(tiny, tmp_path, target=str(board), batch=1, threads=2)
+    assert (ctx.config.batch, ctx.threads) == (1, 2)
+
+
+def test_a_target_file_is_remembered_with_its_whole_path(
+    tiny: Tiny, tmp_path: Path, board: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert make_config(tiny.model, target="board.toml").target == str(board)
+    assert make_config(tiny.model, target="xeon").target == "xeon"
+
+
+def test_the_engine_can_be_another_than_the_targets(tiny: Tiny, tmp_path: Path) -> None:
+    assert context(tiny, tmp_path, backend="roofline").backend.name == "roofline"
+    assert context(tiny, tmp_path, target="roofline", backend="onnxruntime").backend.name == "onnxruntime"
+    with pytest.raises(UsageError, match="unknown backend 'toaster'"):
+        context(tiny, tmp_path, backend="toaster")
+
+
+class Other(OnnxRuntimeBackend):
+    """A third party's engine on this machine."""
+
+    name = "other"
+
+
+def test_rivals_are_the_other_engines_that_can_be_timed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "BUILTIN", {k: v for k, v in registry.BUILTIN.items() if k != "openvino"})
+    points = [EntryPoint("other", "tests.test_inputs:Other", registry.GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == registry.GROUP else [])
+    assert [r.name for r in context(tiny, tmp_path).rivals] == ["other"]
+    assert [r.name for r in context(tiny, tmp_path, backend="other").rivals] == ["onnxruntime"]
+    assert context(tiny, tmp_path, target="roofline").rivals == (), "predictions are no rivals of measurements"
+
+
+def test_a_run_is_verified_as_it_was_targeted(tiny: Tiny, tmp_path: Path, board: Path) -> None:
+    """Though the file is gone, or says something else by now."""
+    run = hantc.compile(tiny.model, target=str(board), out=tmp_path / "run", store=tmp_path / "store")
+    assert run.summary.backend == "roofline" and run.summary.batch == 4
+    board.write_text(BOARD.format(peak=9e9))
+    now = verify_run(tmp_path / "run", Reporter())
+    assert now["ok"], now["differences"]
+    assert now["teacher"]["latency_ms"] == pytest.approx(run.summary.teacher.latency_ms)
+    board.unlink()
+    assert verify_run(tmp_path / "run", Reporter())["ok"]
+
+
+def test_a_run_is_verified_on_its_engine(tiny: Tiny, tmp_path: Path) -> None:
+    run = hantc.compile(tiny.model, backend="roofline", out=tmp_path / "run", store=tmp_path / "store", threads=1)
+    now = verify_run(tmp_path / "run", Reporter())
+    assert now["teacher"]["latency_ms"] == pytest.approx(run.summary.teacher.latency_ms)
