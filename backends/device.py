@@ -8,6 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
+from hantc.core.backend_api import Capabilities
 from hantc.core.types import Device
 
 # what MLAS (ONNX Runtime's kernel library) chooses its kernels by, on x86 and on ARM
@@ -24,6 +25,25 @@ def fingerprint(versions: tuple[tuple[str, str], ...], cpuinfo: str | None = Non
     words = (first.get("flags") or first.get("Features") or "").split()
     flags = tuple(sorted({w for w in words if w.startswith(_FLAGS)}))
     return Device(cpu=" ".join(name.split()), flags=flags, cores=physical_cores(text), versions=versions)
+
+
+def cpu_capabilities(engine: str, package: str, version: str | None) -> Capabilities:
+    """FP32 and INT8 (QDQ) on this machine's CPU with an inference engine; `version` None: it is not installed."""
+    if version is None:
+        reason = f"the package {package} is not installed (pip install {package})"
+        return Capabilities(False, reason, (), fingerprint(()), measures=False)
+    device = fingerprint(((package, version),))
+    reduce_range = needs_reduced_range(device)
+    notes = ("no VNNI: INT8 weights use a reduced range (7 bits), INT8 gains less",) if reduce_range else ()
+    return Capabilities(
+        available=True,
+        reason=f"{engine} {version} on {device.cpu}, {device.cores} core(s)",
+        precisions=("fp32", "int8"),
+        device=device,
+        measures=True,
+        notes=notes,
+        reduce_range=reduce_range,
+    )
 
 
 def has_vnni(device: Device) -> bool:

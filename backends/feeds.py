@@ -50,6 +50,14 @@ def random_feeds(model: onnx.ModelProto, batch: int, seed: int = 0) -> dict[str,
     return feeds
 
 
+def timing_feeds(model: onnx.ModelProto, batch: int) -> tuple[dict[str, Array], str]:
+    """`random_feeds` and "", or no feeds and why there are none: such a model can be run, but not timed."""
+    try:
+        return random_feeds(model, batch), ""
+    except ModelError as e:
+        return {}, e.message
+
+
 def _random(name: str, elem_type: int, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type))

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from hantc.backends.registry import get_backend
 from hantc.backends.roofline.backend import RooflineBackend
@@ -18,20 +18,6 @@ from hantc.core.errors import HantcError, UsageError
 
 GROUP = "hantc.targets"
 _SUFFIX = ".toml"
-
-
-class Ceilings(BaseModel):
-    """A machine as the roofline model sees it; figures are per core unless they say otherwise."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = "a machine"
-    peak_fp32: PositiveFloat = Machine.peak_fp32  # FLOP/s (a multiply-add is two)
-    peak_int8: PositiveFloat = Machine.peak_int8
-    bandwidth: PositiveFloat = Machine.bandwidth  # bytes/s
-    bandwidth_max: PositiveFloat = Machine.bandwidth_max  # bytes/s, all cores
-    op_overhead_s: float = Field(default=Machine.op_overhead_s, ge=0)
-    parallel_efficiency: float = Field(default=Machine.parallel_efficiency, gt=0, le=1)  # of each core after the first
 
 
 class Target(BaseModel):
@@ -45,7 +31,7 @@ class Target(BaseModel):
     batch: PositiveInt = 1
     threads: PositiveInt | None = None  # None: physical cores
     description: str = ""
-    ceilings: Ceilings | None = None  # of the roofline backend
+    ceilings: Machine | None = None  # of the roofline backend
 
     @field_validator("precisions")
     @classmethod
@@ -66,7 +52,7 @@ class Target(BaseModel):
         if self.backend != RooflineBackend.name:
             hint = f"{self.backend} knows its machine: leave [ceilings] out"
             raise UsageError("ceilings are for the roofline backend alone", where=f"--target {self.name}", hint=hint)
-        return RooflineBackend(Machine(**self.ceilings.model_dump()))
+        return RooflineBackend(self.ceilings)
 
 
 def targets() -> dict[str, Target | HantcError]:

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hantc.core.backend_api import Artefact
+from hantc.core.errors import HantcError, ModelError
 from hantc.core.types import Protocol, Timing
 
 try:
@@ -65,6 +67,29 @@ def measure_interleaved(
             samples[i].append(_sample_ms(runs[i], plans[i], clock))
         rounds += 1
     return [_timing(s) for s in samples]
+
+
+def measure_artefacts(
+    artefacts: Sequence[Artefact],
+    protocol: Protocol,
+    bind: Callable[[Artefact], Callable[[], object]],
+    told: Callable[[Exception], str],
+) -> list[Timing]:
+    """`measure_interleaved` for a backend whose handles know their `threads`.
+
+    `bind` makes an artefact's timed call; `told` says what an exception of the engine means. HantcError if an artefact
+    was built for other threads than the protocol's, cannot be timed, or fails while it runs."""
+    for a in artefacts:
+        if a.handle.threads != protocol.threads:
+            raise HantcError(
+                f"an artefact built for {a.handle.threads} thread(s) cannot be timed at {protocol.threads}"
+            )
+    try:
+        return measure_interleaved([bind(a) for a in artefacts], protocol)
+    except HantcError:
+        raise
+    except Exception as e:  # the engines' own exceptions share no base class
+        raise ModelError(told(e)) from e
 
 
 def _fastest_ms(run: Callable[[], object], protocol: Protocol, clock: Clock) -> float:

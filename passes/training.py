@@ -40,9 +40,9 @@ RECIPE = {
     "rungs": RUNGS,
 }
 _POSITIONS = 1 << 16  # of a region's input maps that a candidate is derived from; fits look at fewer still
+_SAMPLES = (32, 256)  # images for the same, at least and at most
 _STEP_POSITIONS = 1 << 13  # of a region's input maps that a candidate learns from in one step, at least
 _LEAST_IMAGES = 16  # in one step, however large the maps
-_SAMPLES = (32, 256)  # images for the same, at least and at most
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from hantc.backends.device import fingerprint, needs_reduced_range
-from hantc.backends.feeds import random_feeds
-from hantc.backends.timing import measure_interleaved
+from hantc.backends.device import cpu_capabilities
+from hantc.backends.feeds import timing_feeds
+from hantc.backends.timing import measure_artefacts
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.types import Protocol, Timing
@@ -39,21 +39,7 @@ class OnnxRuntimeBackend:
 
     def capabilities(self) -> Capabilities:
         """FP32 and INT8 (QDQ) on this machine's CPU."""
-        if ort is None:
-            device = fingerprint(())
-            return Capabilities(False, "the package onnxruntime is not installed", (), device, measures=False)
-        device = fingerprint((("onnxruntime", ort.__version__),))
-        reduce_range = needs_reduced_range(device)
-        notes = ("no VNNI: INT8 weights use a reduced range (7 bits), INT8 gains less",) if reduce_range else ()
-        return Capabilities(
-            available=True,
-            reason=f"ONNX Runtime {ort.__version__} on {device.cpu}, {device.cores} core(s)",
-            precisions=("fp32", "int8"),
-            device=device,
-            measures=True,
-            notes=notes,
-            reduce_range=reduce_range,
-        )
+        return cpu_capabilities("ONNX Runtime", "onnxruntime", None if ort is None else ort.__version__)
 
     def supports(self, model: onnx.ModelProto) -> tuple[bool, str]:
         """Whether ONNX Runtime loads the model (graph optimisations off, so this is quick)."""
@@ -70,29 +56,14 @@ class OnnxRuntimeBackend:
         """
         data = model.SerializeToString()
         session = _session(data, spec.threads)
-        try:
-            feeds, problem = random_feeds(model, spec.batch), ""
-        except ModelError as e:
-            feeds, problem = {}, e.message
+        feeds, problem = timing_feeds(model, spec.batch)
         return Artefact(handle=_Handle(session, spec.threads, problem), feeds=feeds, size_bytes=len(data))
 
     def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
-        """Interleaved latencies; see `hantc.backends.timing` for how noise is dealt with.
-
-        HantcError if an artefact was built for other threads than the protocol's, has no timing feeds, or
-        fails while it runs.
-        """
-        for a in artefacts:
-            if a.handle.threads != protocol.threads:
-                raise HantcError(
-                    f"an artefact built for {a.handle.threads} thread(s) cannot be timed at {protocol.threads}"
-                )
-        try:
-            return measure_interleaved([bound_run(a) for a in artefacts], protocol)
-        except HantcError:
-            raise
-        except Exception as e:  # onnxruntime's own exceptions share no base class
-            raise ModelError(f"ONNX Runtime fails while running the model: {_first_line(e)}") from e
+        """Interleaved latencies (`hantc.backends.timing`)."""
+        return measure_artefacts(
+            artefacts, protocol, bound_run, lambda e: f"ONNX Runtime fails while running the model: {_first_line(e)}"
+        )
 
     def run(self, artefact: Artefact, feeds: Feeds) -> list[np.ndarray[Any, Any]]:
         """Outputs in the graph's order. ModelError if the feeds do not fit the model."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from hantc.backends.device import fingerprint, needs_reduced_range
-from hantc.backends.feeds import input_dims, random_feeds
-from hantc.backends.timing import measure_interleaved
+from hantc.backends.device import cpu_capabilities
+from hantc.backends.feeds import input_dims, timing_feeds
+from hantc.backends.timing import measure_artefacts
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.types import Protocol, Timing
@@ -50,21 +50,7 @@ class OpenVinoBackend:
 
     def capabilities(self) -> Capabilities:
         """FP32 and INT8 (QDQ) on this machine's CPU."""
-        if ov is None:
-            reason = "the package openvino is not installed (pip install openvino)"
-            return Capabilities(False, reason, (), fingerprint(()), measures=False)
-        device = fingerprint((("openvino", ov.__version__.split("-")[0]),))
-        reduce_range = needs_reduced_range(device)
-        notes = ("no VNNI: INT8 weights use a reduced range (7 bits), INT8 gains less",) if reduce_range else ()
-        return Capabilities(
-            available=True,
-            reason=f"OpenVINO {ov.__version__} on {device.cpu}, {device.cores} core(s)",
-            precisions=("fp32", "int8"),
-            device=device,
-            measures=True,
-            notes=notes,
-            reduce_range=reduce_range,
-        )
+        return cpu_capabilities("OpenVINO", "openvino", None if ov is None else ov.__version__.split("-")[0])
 
     def supports(self, model: onnx.ModelProto) -> tuple[bool, str]:
         """Whether OpenVINO reads the model."""
@@ -81,28 +67,17 @@ class OpenVinoBackend:
         """
         data = model.SerializeToString()
         _read(data)
-        try:
-            feeds, problem = random_feeds(model, spec.batch), ""
-        except ModelError as e:
-            feeds, problem = {}, e.message
+        feeds, problem = timing_feeds(model, spec.batch)
         handle = _Handle(data, frozenset(input_dims(model)), spec.threads, problem)
         if not problem:
             handle.request(feeds)
         return Artefact(handle=handle, feeds=feeds, size_bytes=len(data))
 
     def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
-        """Interleaved latencies (`hantc.backends.timing`). HantcError as for `onnxruntime`."""
-        for a in artefacts:
-            if a.handle.threads != protocol.threads:
-                raise HantcError(
-                    f"an artefact built for {a.handle.threads} thread(s) cannot be timed at {protocol.threads}"
-                )
-        try:
-            return measure_interleaved([bound_run(a) for a in artefacts], protocol)
-        except HantcError:
-            raise
-        except Exception as e:  # openvino's exceptions are RuntimeErrors and others
-            raise ModelError(f"OpenVINO fails while running the model: {_first_line(e)}") from e
+        """Interleaved latencies (`hantc.backends.timing`)."""
+        return measure_artefacts(
+            artefacts, protocol, bound_run, lambda e: f"OpenVINO fails while running the model: {_first_line(e)}"
+        )
 
     def run(self, artefact: Artefact, feeds: Feeds) -> list[np.ndarray[Any, Any]]:
         """Outputs in the graph's order. ModelError if the feeds do not fit the model."""

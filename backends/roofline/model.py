@@ -12,23 +12,25 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import onnx
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass as checked
 
 from hantc.backends.feeds import random_feeds
 from hantc.core.errors import ModelError
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(extra="forbid"))
 class Machine:
     """A machine's ceilings, as one core of a server CPU with AVX-512 VNNI reaches them in practice (fitted to
     ResNet-50 and MobileNetV2 under ONNX Runtime), not as its data sheet gives them."""
 
     name: str = "server core, AVX-512 VNNI"
-    peak_fp32: float = 80e9  # FLOP/s per core (a multiply-add is two)
-    peak_int8: float = 260e9
-    bandwidth: float = 20e9  # bytes/s per core; mid-size activations stay in cache
-    bandwidth_max: float = 120e9  # bytes/s, all cores
-    op_overhead_s: float = 3e-6
-    parallel_efficiency: float = 0.9  # of every core after the first
+    peak_fp32: PositiveFloat = 80e9  # FLOP/s per core (a multiply-add is two)
+    peak_int8: PositiveFloat = 260e9
+    bandwidth: PositiveFloat = 20e9  # bytes/s per core; mid-size activations stay in cache
+    bandwidth_max: PositiveFloat = 120e9  # bytes/s, all cores
+    op_overhead_s: NonNegativeFloat = 3e-6
+    parallel_efficiency: float = Field(default=0.9, gt=0, le=1)  # of every core after the first
 
 
 @dataclass(frozen=True)
