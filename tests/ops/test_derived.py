@@ -219,6 +219,38 @@ def test_factors_of_full_rank_are_the_teacher() -> None:
     assert error(made, block, UNSEEN) < 1e-8
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tucker_factors_of_full_rank_are_the_teacher(stride: int) -> None:
+    torch.manual_seed(0)
+    block = Basic(c_out=32, inner=32, stride=stride)
+    with torch.no_grad():
+        for conv in (block.a, block.b):
+            c_out, c_in = conv.weight.shape[:2]
+            into, outof = torch.randn(c_in, 8), torch.randn(c_out, 8)
+            core = torch.randn(8, 8, 3, 3) / 60
+            conv.weight.copy_(torch.einsum("srhw,ir,os->oihw", core, into, outof))
+            assert conv.bias is not None
+            conv.bias.normal_()
+    out = tuple(block(torch.zeros(1, *SHAPE)).shape[1:])
+    of = Origin(graph(block, SHAPE, out), ())
+    spec = CandidateSpec.make("low_rank", rank=0.4, form="tucker2")
+    made = build(spec, Signature(SHAPE, out), origin=of)
+    shapes = [tuple(m.weight.shape) for m in made.modules() if isinstance(m, Conv)]
+    if stride == 1:  # at the stride the first factor sees four times the positions, and saves too little
+        assert shapes[:3] == [(8, 16, 1, 1), (16, 8, 3, 3), (32, 16, 1, 1)]
+    assert (16, 16, 3, 3) in shapes
+    assert error(made, block, UNSEEN) < 1e-8
+
+
+def test_tucker_is_refused_where_it_saves_nothing() -> None:
+    signature, pointwise = Signature(SHAPE, SHAPE), nn.Sequential(Conv(16, 16), Conv(16, 16))
+    family = DERIVED["low_rank"]
+    spec = CandidateSpec.make("low_rank", rank=0.4, form="tucker2")
+    assert "thinner" in family.reject_origin(spec, signature, origin(pointwise))
+    assert "form=cp" in family.reject_origin(CandidateSpec.make("low_rank", rank=0.4, form="cp"), signature,
+                                             origin(Basic()))  # fmt: skip
+
+
 def test_fitted_factors_are_nearer_than_those_of_the_weights_alone() -> None:
     torch.manual_seed(0)
     block, spec = Basic(), CandidateSpec.make("low_rank", rank=0.5)
