@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -78,6 +79,20 @@ def calibrate_norm(candidate: nn.Module, target: Tensor, source: Tensor) -> None
         for norm in norms:
             norm.weight.copy_(residual.std(dims).clamp_min(1e-4) / math.sqrt(len(norms)))
             norm.bias.copy_(residual.mean(dims) / len(norms))
+
+
+@contextmanager
+def statistics_at_once(module: nn.Module) -> Iterator[None]:
+    """Inside, what a norm sees in training mode replaces its running statistics instead of moving them a little."""
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    before = [m.momentum for m in norms]
+    try:
+        for m in norms:
+            m.momentum = 1.0
+        yield
+    finally:
+        for m, momentum in zip(norms, before, strict=True):
+            m.momentum = momentum
 
 
 def _last_norms(candidate: nn.Module) -> list[BatchNorm]:

@@ -70,7 +70,7 @@ def one_epoch(
     """One pass over the training images in batches of `size`, for one candidate of each region."""
     size = min(size, len(data.train))
     taps = sorted({j.region.input for j in jobs} | {j.region.output for j in jobs})
-    tapped = fast_module(with_taps(network, taps))
+    tapped = fast_module(with_taps(network, taps, output=False))
     for j in jobs:
         fast_module(j.module).train()
     params = trainable([j.module for j in jobs])

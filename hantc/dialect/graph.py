@@ -111,8 +111,9 @@ def subgraph(
     return fx.GraphModule(module, graph)
 
 
-def with_taps(module: fx.GraphModule, taps: Sequence[str]) -> fx.GraphModule:
-    """The same graph returning (output, [values of nodes `taps`]), sharing the modules."""
+def with_taps(module: fx.GraphModule, taps: Sequence[str], *, output: bool = True) -> fx.GraphModule:
+    """The same graph returning (output, [values of nodes `taps`]), sharing the modules. Without `output`, None in its
+    place, and what lies behind the last tap is not computed."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     result: Any = None
@@ -122,8 +123,12 @@ def with_taps(module: fx.GraphModule, taps: Sequence[str]) -> fx.GraphModule:
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
     by_name = {n.name: env[n] for n in env}
-    graph.output((result, [by_name[t] for t in taps]))
-    return fx.GraphModule(module, graph)
+    graph.output((result if output else None, [by_name[t] for t in taps]))
+    tapped = fx.GraphModule(module, graph)
+    if not output:
+        tapped.graph.eliminate_dead_code()
+        tapped.recompile()
+    return tapped
 
 
 def tidy(module: fx.GraphModule) -> None:

@@ -66,32 +66,43 @@ def fit_conv(conv: Conv, x: Tensor, target: Tensor) -> None:
     the convolution alone if it is grouped (but not depthwise) or the system cannot be solved."""
     if conv.groups > 1 and not is_depthwise(conv):
         return
-    patches, wanted = _rows(conv, x, target)
+    solved = solve_conv(conv, x, target, start=conv.weight.detach())
+    if solved is None:
+        return
+    conv.weight.data.copy_(solved[0])
+    conv.bias = torch.nn.Parameter(solved[1])
+
+
+def solve_conv(
+    conv: Conv, x: Tensor, target: Tensor, *, start: Tensor, rows: int = _ROWS, ridge: float = _RIDGE
+) -> tuple[Tensor, Tensor] | None:
+    """(weight, bias) of an ungrouped or depthwise convolution that lead from `x` to `target`, (N, C', H', W'), by
+    ridge regression drawn towards the weights `start`, on at most `rows` positions. None where it has no solution."""
+    patches, wanted = _rows(conv, x, target, rows)
     if is_depthwise(conv):
         design = patches.transpose(0, 1)  # (C, P, k²)
-        start = conv.weight.detach().flatten(1).unsqueeze(2)  # (C, k², 1)
+        origin = start.flatten(1).unsqueeze(2)  # (C, k², 1)
         goal = wanted.t().unsqueeze(2)  # (C, P, 1)
     else:
         design = patches.flatten(1).unsqueeze(0)  # (1, P, C·k²)
-        start = conv.weight.detach().flatten(1).t().unsqueeze(0)  # (1, C·k², C')
+        origin = start.flatten(1).t().unsqueeze(0)  # (1, C·k², C')
         goal = wanted.unsqueeze(0)
-    solved = _ridge(design, goal, start)
+    solved = _ridge(design, goal, origin, ridge)
     if solved is None:
-        return
+        return None
     weight, bias = solved
-    conv.weight.data.copy_(
-        (weight.squeeze(2) if is_depthwise(conv) else weight.squeeze(0).t()).reshape(conv.weight.shape)
-    )
-    conv.bias = torch.nn.Parameter(bias.flatten())
+    flat = weight.squeeze(2) if is_depthwise(conv) else weight.squeeze(0).t()
+    return flat.reshape(conv.weight.shape), bias.flatten()
 
 
-def _ridge(design: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(weights, bias) minimising ‖design·w + b − goal‖² + λ‖w − start‖², batched over dim 0."""
+def _ridge(design: Tensor, goal: Tensor, start: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
+    """(weights, bias) minimising ‖design·w + b − goal‖² + λ‖w − start‖², batched over dim 0; λ is `ridge` times the
+    mean energy of the inputs."""
     centre, level = design.mean(1, keepdim=True), goal.mean(1, keepdim=True)
     a, y = design - centre, goal - level
     gram = (a.transpose(1, 2) @ a).double()
     n = gram.shape[-1]
-    strength = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     gram = gram + strength[:, None, None] * torch.eye(n, dtype=gram.dtype)
     right = (a.transpose(1, 2) @ y).double() + strength[:, None, None] * start.double()
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -103,14 +114,14 @@ def _ridge(design: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor]
     return weight, level - centre @ weight
 
 
-def _rows(conv: Conv, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Up to `_ROWS` positions spread over all images: what the kernel sees there, (P, C, k²), and what it should
+def _rows(conv: Conv, x: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Up to `most` positions spread over all images: what the kernel sees there, (P, C, k²), and what it should
     give, (P, C')."""
     padded = F.pad(x, torch_pads(conv.pads)) if any(conv.pads) else x
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel, conv.stride, conv.dilation
     n, _, height, width = target.shape
     count = n * height * width
-    at = torch.linspace(0, count - 1, min(count, _ROWS), dtype=torch.float64).long()
+    at = torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).long()
     image, row, column = at // (height * width), at // width % height, at % width
     rows = row[:, None] * sh + torch.arange(kh).repeat_interleave(kw) * dh  # (P, k²)
     columns = column[:, None] * sw + torch.arange(kw).repeat(kh) * dw
