@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "DONE", "INTERNAL", "INTERRUPTED", "MISSED", "USAGE", "co
 USAGE, INTERNAL, INTERRUPTED = 2, 3, 130
 _INSIST_S = 1.0
 _EFFORT_HELP = "time limit: " + ", ".join(f"{n} {e.time_limit_s / 60:g} min" for n, e in EFFORTS.items())
+_POOL_HELP = "candidates from scratch: a sample of each family, or all (measuring them takes minutes, training longer)"
 _RECIPE_HELP = "how candidates are trained; paper: as published (SGD, an epoch each; far slower, no limit)"
 
 _EPILOG = """\
@@ -78,7 +79,9 @@ def compile_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("how much work")
     g.add_argument("--effort", choices=tuple(EFFORTS), default="standard", help=_EFFORT_HELP)
     g.add_argument("--time-limit", metavar="30m", help="spend at most about this long; default: the effort's")
+    g.add_argument("--pool", choices=("sample", "whole"), default="sample", help=_POOL_HELP)
     g.add_argument("--recipe", choices=("hantc", "paper"), default="hantc", help=_RECIPE_HELP)
+    g.add_argument("--memory", metavar="8G", help="RAM to stay below while training; default half of the machine's")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")
     g = p.add_argument_group("files")
     g.add_argument("--out", metavar="DIR", help="run folder; default MODEL.hantc/")

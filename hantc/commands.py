@@ -154,6 +154,7 @@ def cmd_profile(argv: Sequence[str]) -> int:
     machine_options(p)
     g = p.add_argument_group("how much work")
     g.add_argument("--effort", choices=tuple(EFFORTS), default="standard", help="how many candidates; default standard")
+    g.add_argument("--pool", choices=("sample", "whole"), default="sample", help="whole: all of a region's candidates")
     store_option(g)
     args = p.parse_args(argv)
     from tempfile import TemporaryDirectory

@@ -47,6 +47,7 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
         "max_drop": parse_drop,
         "time_limit": parse_duration,
         "store_limit": lambda text: parse_size(text, "--store-limit"),
+        "memory": lambda text: parse_size(text, "--memory"),
     }
     given |= {k: f(str(given[k])) for k, f in parse.items() if k in given}
     if str(given.get("target", "")).endswith(".toml"):  # a run is verified from anywhere

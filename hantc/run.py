@@ -21,7 +21,7 @@ from hantc.core.atomic import write_bytes, write_json
 from hantc.core.config import CompileConfig
 from hantc.core.errors import BudgetError, HantcError, UsageError
 from hantc.core.lut import write_lut
-from hantc.core.memory import retained_memory
+from hantc.core.memory import peak_memory, retained_memory
 from hantc.core.progress import Reporter
 from hantc.core.types import CostTable, Device, Plan
 from hantc.data.dataset import Dataset
@@ -74,9 +74,11 @@ def compile_config(
     config: CompileConfig, reporter: Reporter, *, model: ModelProto | None = None, passes: Passes = COMPILE
 ) -> Run:
     """Run the whole pipeline and write the run folder. Raises HantcError subclasses with exit codes."""
+    before = peak_memory()
     with _process_settings():
         state, ctx = prepare(config, reporter, model)
         state, timings = run_passes(passes, state, ctx)
+        _check_memory(ctx, before)
         summary = _summary(state, ctx, timings)
         _write(state, ctx, summary)
     ctx.store.gc(max_bytes=config.store_limit)
@@ -91,6 +93,14 @@ def profile_config(config: CompileConfig, reporter: Reporter) -> tuple[CostTable
         state, _ = run_passes(PROFILE, state, ctx)
     assert state.costs is not None
     return state.costs, ctx.capabilities.device
+
+
+def _check_memory(ctx: Context, before: int) -> None:
+    """Say so if the limit did not hold: it bounds what is trained at once, not the data or one large candidate.
+    `before`: the process's peak when the run began."""
+    peak, limit = peak_memory(), ctx.memory_limit
+    if peak > max(limit, before):
+        ctx.note(f"memory peaked at {peak / 2**30:.1f} GiB, above the limit of {limit / 2**30:.1f} GiB (--memory)")
 
 
 def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summary:
@@ -119,6 +129,7 @@ def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summar
             "backend": ctx.backend.name,
             "batch": config.batch,
             "effort": config.effort,
+            "memory": {"limit_bytes": ctx.memory_limit, "peak_bytes": peak_memory()},
             "predicted": not ctx.capabilities.measures,
             "options": _options(config),
             **facts,
@@ -214,7 +225,8 @@ def compile(
     exported teacher is kept as `teacher.onnx` in the run folder). `budget`: fraction of the teacher's latency
     (0.5) or milliseconds ("8ms"). `target`: a name or a TOML file. Other options are those of the command line
     with underscores: `val`, `unlabelled`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds),
-    `precision`, `backend`, `threads`, `batch`, `lut`, `out`, `store`, `seed`; a module also takes `name`. Raises
+    `precision`, `pool`, `recipe`, `memory`, `backend`, `threads`, `batch`, `lut`, `out`, `store`, `seed`; a module
+    also takes `name`. Raises
     what the command line exits with: UsageError (2), BudgetError (1), HantcError (3).
     """
     proto: ModelProto | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from onnx import ModelProto
 
 from hantc.core.errors import HantcError
 from hantc.core.lut import read_lut
+from hantc.core.progress import Bar
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
@@ -40,13 +42,18 @@ class Cost:
         regions = {r.name: r for r in state.match.regions}
         timing, pace = meter.network(emit(state.network).model)
         teacher_ms = timing.median_ms
-        work = [w for r in regions.values() for w in self._teacher(state, ctx, meter, r)]
-        seen: dict[str, tuple[ModelProto, ModelProto | None]] = {}
-        for p in state.proposals:
-            region = regions[p.region]
-            origin = origin_for(p.spec, state.network, state.match, region)
-            work += self._candidate(ctx, meter, region, p, origin, seen)
-        rows = meter.rows(work)
+        rows: list[CostRow] = []
+        seen: dict[str, tuple[str, ...]] = {}
+        with ctx.reporter.bar("measuring candidates", len(state.proposals) + len(regions)) as bar:
+            for region in regions.values():  # one at a time: a whole pool's files would not fit in memory together
+                work = self._teacher(state, ctx, meter, region)
+                mine = [p for p in state.proposals if p.region == region.name]
+                for p in mine:
+                    origin = origin_for(p.spec, state.network, state.match, region)
+                    work += self._candidate(ctx, meter, region, p, origin, seen)
+                half = (1 + len(mine)) / 2  # building them takes about as long as timing them
+                bar.advance(half)
+                rows += meter.rows(work, partial(_advance, bar, half))
         shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
         mixed = "int8" in ctx.precisions and "fp32" in ctx.precisions
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
@@ -131,23 +138,25 @@ class Cost:
         region: Region,
         proposal: Proposal,
         origin: Origin | None,
-        seen: dict[str, tuple[ModelProto, ModelProto | None]],
+        seen: dict[str, tuple[str, ...]],
     ) -> list[Work]:
+        """The candidate in every precision that it can run in. `seen`: those precisions, of all measured so far."""
         spec, size = proposal.spec, (proposal.macs, proposal.params)
         what: dict[str, object] = {"signature": asdict(Signature.of(region)), "spec": asdict(spec)}
         if origin is not None:
             what["origin"] = [structure(origin.whole), *map(structure, origin.blocks)]
         key = {p: meter.key(**what, precision=p) for p in ctx.precisions}
         same = digest(what)
-        if same not in seen:
-            known = all(ctx.store.get_json("cost", k) is not None for k in key.values())
-            unneeded = (ModelProto(), ModelProto())
-            seen[same] = unneeded if known else self._models(ctx, spec, Signature.of(region), origin)
-        fp32, int8 = seen[same]
+        if same in seen:
+            models = dict.fromkeys(seen[same], ModelProto())  # the meter has their figures by now
+        elif all(ctx.store.get_json("cost", k) is not None for k in key.values()):
+            models = dict.fromkeys(ctx.precisions, ModelProto())  # and so has the store
+        else:
+            models = self._models(ctx, spec, Signature.of(region), origin)
+        seen[same] = tuple(models)
         work = []
-        for precision in ctx.precisions:
-            model = fp32 if precision == "fp32" else int8
-            if model is None:
+        for precision, model in models.items():
+            if precision not in ctx.precisions:
                 continue
             row = self._row(ctx, region.name, spec.name, precision, *size)
             chain = region.in_shape == region.out_shape
@@ -157,18 +166,22 @@ class Cost:
     @staticmethod
     def _models(
         ctx: Context, spec: CandidateSpec, signature: Signature, origin: Origin | None
-    ) -> tuple[ModelProto, ModelProto | None]:
-        """The candidate as it will run: norms folded, in FP32 and in INT8 (None where it cannot be)."""
+    ) -> dict[str, ModelProto]:
+        """The candidate as it will run: norms folded, in FP32 and in INT8 (unless it cannot be)."""
         torch.manual_seed(ctx.config.seed)
         folded, _, _ = normalize(build(spec, signature, origin=origin).eval())
         fp32 = emit(folded).model
         if "int8" not in ctx.precisions or spec.family == "identity":
-            return fp32, None
+            return {"fp32": fp32}
         try:
-            return fp32, quantize_for_timing(fp32, _quant(ctx))
+            return {"fp32": fp32, "int8": quantize_for_timing(fp32, _quant(ctx))}
         except HantcError as error:
             ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
-            return fp32, None
+            return {"fp32": fp32}
+
+
+def _advance(bar: Bar, units: float, share: float) -> None:
+    bar.advance(units * share)
 
 
 def _quant(ctx: Context) -> QuantSpec:

@@ -22,6 +22,8 @@ from hantc.passes.state import Context, Proposal, State, WeightMap
 from hantc.passes.training import RECIPE, Job, checkpoint_of, gather, train
 
 DEFAULT_BUDGET = 0.5
+_WEIGHT_BYTES = 16  # float32, with gradient and Adam's two moments
+_JOB_BYTES = 1 << 19  # of a candidate's modules and graph
 
 Weights = dict[tuple[str, str], WeightMap]
 Keyed = tuple[Proposal, str]  # with its key in the store
@@ -29,7 +31,8 @@ Skipped = tuple[str, str, str, str]  # region, candidate, precision, reason
 
 
 class Distill:
-    """Latency table -> trained candidates: one teacher pass feeds every region and every candidate."""
+    """Latency table -> trained candidates: one teacher pass feeds every region and every candidate (of those that
+    fit into memory together)."""
 
     name: ClassVar[str] = "distill"
     requires: ClassVar[tuple[str, ...]] = ("network", "match", "proposals", "costs")
@@ -43,25 +46,39 @@ class Distill:
         regions = {r.name: r for r in state.match.regions}
         places = (ctx.effort.per_region, ctx.effort.per_span)
         budget = min(1.0, wanted_ms(state.costs, ctx) / state.costs.teacher_ms)
-        kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget)
+        whole = ctx.config.pool == "whole"
+        kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget, whole=whole)
         weights, todo, outdone = self._stored(state, ctx, kept)
+        skipped += outdone
+        wanted, trained = {key for _, key in todo}, 0
+        every = parts([(p, weights_key(state, ctx, p)) for p in kept], ctx.memory_limit // 2)
+        open_parts = [part for part in every if any(key in wanted for _, key in part)]
+        for i, part in enumerate(open_parts):
+            left = sum(map(len, open_parts[i:]))
+            mine = [(p, key) for p, key in part if key in wanted]
+            out, n = self._part(state, ctx, mine, weights, (len(part) / len(kept), len(part) / left))
+            skipped, trained = skipped + out, trained + n
+        ctx.reporter.event("distill", trained=trained, reused=len(kept) - len(todo))
+        table = replace(state.costs, skipped=state.costs.skipped + tuple(skipped))
+        return replace(state, weights=weights, costs=table)
+
+    def _part(
+        self, state: State, ctx: Context, todo: Sequence[Keyed], weights: Weights, share: tuple[float, float]
+    ) -> tuple[list[Skipped], int]:
+        """Train candidates side by side and add what they have become to `weights`; those that are out, and how many
+        were trained. `share`: how much their part is of all, and of those left."""
+        assert state.network is not None and ctx.data is not None
         jobs, still = self._jobs(state, ctx, ctx.data, todo)
         progress = checkpoint_of(ctx.store, [*jobs, *still])
         if jobs:
             if ctx.config.recipe == "paper":
                 train_paper(state.network, jobs, ctx, ctx.data, progress)
             else:
-                train(state.network, [*jobs, *still], ctx, ctx.data, progress)
-        weights |= {(job.region.name, job.spec.name): {} for job in still}
-        for job in jobs:
-            reason = self._keep(job, ctx, weights)
-            if reason:
-                outdone.append((job.region.name, job.spec.name, "*", reason))
+                train(state.network, [*jobs, *still], ctx, ctx.data, progress, share)
+        weights.update({(job.region.name, job.spec.name): {} for job in still})
+        kept = [(job, self._keep(job, ctx, weights)) for job in jobs]
         progress.clear()
-        skipped += outdone
-        ctx.reporter.event("distill", trained=len(jobs), reused=len(kept) - len(jobs))
-        table = replace(state.costs, skipped=state.costs.skipped + tuple(skipped))
-        return replace(state, weights=weights, costs=table)
+        return [(job.region.name, job.spec.name, "*", reason) for job, reason in kept if reason], len(jobs)
 
     @staticmethod
     def _stored(state: State, ctx: Context, kept: Sequence[Proposal]) -> tuple[Weights, list[Keyed], list[Skipped]]:
@@ -126,8 +143,26 @@ class Distill:
         return jobs, still
 
 
+def parts(kept: Sequence[Keyed], room: int) -> list[list[Keyed]]:
+    """Candidates in parts that fit into `room` bytes with their gradients and moments; a region's stay together, for
+    they are compared. Parts do not depend on what was trained before, so that an interrupted one is found again."""
+    regions: dict[str, list[Keyed]] = {}
+    for p, key in kept:
+        regions.setdefault(p.region, []).append((p, key))
+    found: list[list[Keyed]] = []
+    free = 0
+    for mine in regions.values():
+        size = sum(_JOB_BYTES + _WEIGHT_BYTES * p.params for p, _ in mine)
+        if not found or size > free:
+            found.append([])
+            free = room
+        found[-1] += mine
+        free -= size
+    return found
+
+
 def _outdone_by(rival: str) -> str:
-    return f"{rival} costs no more and was clearly nearer to the teacher when both had trained a little"
+    return f"{rival} costs no more and was nearer to the teacher when both had trained alike"
 
 
 def least_costs(state: State) -> dict[tuple[str, str], float]:
@@ -154,6 +189,8 @@ def weights_key(state: State, ctx: Context, p: Proposal) -> str:
     assert ctx.data is not None and state.match is not None
     region = state.match.region(p.region)
     recipe = RECIPE if ctx.config.recipe == "hantc" else PAPER
+    if ctx.config.pool == "whole":  # many more share the time, and compete for places
+        recipe = {**recipe, "pool": "whole"}
     return digest(
         {
             "teacher": state.model_hash,

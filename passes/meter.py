@@ -7,7 +7,7 @@ to the speed at which the canary ran when it was first seen on this device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -99,6 +99,7 @@ class Meter:
             "method": _VERSION,
         }
         self.measured = 0
+        self._found: dict[str, dict[str, object]] = {}  # figures by key, those of what could not be timed among them
         self.pace: list[float] = []  # how much slower than at first the canary ran, each time
         try:
             self._canary: Artefact | None = self._build(_canary_model())
@@ -149,12 +150,12 @@ class Meter:
         self.ctx.store.put_json("network", key, {**asdict(timing), "pace": self.pace[-1]})
         return timing, self.pace[-1]
 
-    def rows(self, work: Sequence[Work]) -> list[CostRow]:
-        """Figures for all of `work`: from the store, or timed in groups that share a shape."""
-        found: dict[str, dict[str, object]] = {}
-        todo: dict[str, Work] = {}
+    def rows(self, work: Sequence[Work], progress: Callable[[float], None] = lambda share: None) -> list[CostRow]:
+        """Figures for all of `work`: from the store, or timed in groups that share a shape. `progress` is told each
+        share that is done."""
+        found, todo = self._found, dict[str, Work]()
         for w in work:
-            stored = self.ctx.store.get_json("cost", w.key)
+            stored = found.get(w.key) or self.ctx.store.get_json("cost", w.key)
             if stored is not None:
                 found[w.key] = stored
             else:
@@ -162,12 +163,13 @@ class Meter:
         groups: dict[tuple[Shape, Shape, bool], list[Work]] = {}
         for w in todo.values():
             groups.setdefault((w.in_shape, w.out_shape, w.chain), []).append(w)
-        with self.ctx.reporter.bar("measuring candidates", len(todo)) as bar:
-            for group in groups.values():
-                for i in range(0, len(group), _GROUP):
-                    part = group[i : i + _GROUP]
-                    found |= self._group(part)
-                    bar.advance(len(part))
+        for group in groups.values():
+            for i in range(0, len(group), _GROUP):
+                part = group[i : i + _GROUP]
+                found.update(self._group(part))
+                progress(len(part) / len(todo))
+        if not todo:
+            progress(1.0)
         return [replace(w.row, **_figures(found[w.key])) for w in work]
 
     def _group(self, group: Sequence[Work]) -> dict[str, dict[str, object]]:

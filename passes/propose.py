@@ -69,14 +69,15 @@ class Propose:
                     skipped.append((region.name, spec.name, reason))
                 else:
                     by_family.setdefault(name, []).append(Proposal(region.name, spec, macs, params))
-        share = self._shares(by_family, ctx.effort.measured_per_region)
+        whole = ctx.config.pool == "whole" and len(region.atoms) == 1
+        share = self._shares(by_family, sum(map(len, by_family.values())) if whole else ctx.effort.measured_per_region)
         kept = [p for name, ps in by_family.items() for p in spread(ps, share[name])]
         names = {p.spec.name for p in kept}
+        reason = f"not in the sample measured at --effort {ctx.config.effort}"
+        if len(region.atoms) == 1:
+            reason += "; --pool whole measures all of a single region's"
         skipped += [
-            (region.name, p.spec.name, f"not in the sample measured at --effort {ctx.config.effort}")
-            for ps in by_family.values()
-            for p in ps
-            if p.spec.name not in names
+            (region.name, p.spec.name, reason) for ps in by_family.values() for p in ps if p.spec.name not in names
         ]
         return kept, skipped
 

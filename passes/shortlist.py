@@ -18,11 +18,14 @@ def shortlist(
     regions: Mapping[str, Region],
     places: tuple[int, int],
     budget: float,
+    *,
+    whole: bool = False,
 ) -> tuple[list[Proposal], list[tuple[str, str, str, str]]]:
     """The candidates worth training: cheaper than the teacher's operation, and the most capable (by MACs)
     that fit under a few ceilings set around the asked `budget` (share of the teacher's latency). `places`:
     ceilings per region and per span for those from scratch (one less where there are derived ones); derived ones,
-    which hardly need training, get one more. Also (region, candidate, precision, reason) of those left out."""
+    which hardly need training, get one more. `whole`: for single regions, all that are cheaper. Also (region,
+    candidate, precision, reason) of those left out."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for row in costs.rows:
         rows.setdefault((row.region, row.candidate), {})[row.precision] = row.latency_ms
@@ -42,6 +45,9 @@ def shortlist(
         else:
             rivals.setdefault((p.region, p.spec.family in DERIVED), []).append((best / teacher["fp32"], p))
     for (name, derived), options in rivals.items():
+        if whole and len(regions[name].atoms) == 1:
+            kept += [p for _, p in options]
+            continue
         n = places[len(regions[name].atoms) > 1]
         if derived:
             n += 1

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from hantc.core.backend_api import Backend, Capabilities
 from hantc.core.config import CompileConfig, EffortSettings
+from hantc.core.memory import total_memory
 from hantc.core.progress import Reporter
 from hantc.core.store import Store
 from hantc.core.types import CandidateSpec, CostTable, MatchResult, Plan, ScoreRow, digest
@@ -105,6 +106,11 @@ class Context:
     rivals: tuple[Backend, ...] = ()  # other engines that can be timed on this machine
     target: Mapping[str, object] = field(default_factory=dict)  # the target's definition, as its file has it
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that the process should stay below."""
+        return self.config.memory or total_memory() // 2
 
     @property
     def device_key(self) -> str:

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from hantc.core.store import Store
 from hantc.core.types import CandidateSpec, Region, digest
+from hantc.data.augment import Augment
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import with_taps
-from hantc.dialect.spread import Activations, image_variance, ordinary
+from hantc.dialect.spread import Activations, enough, image_variance, ordinary
+from hantc.ops.readout import fit_readout
 from hantc.ops.registry import DERIVED
 from hantc.passes.checkpoint import Checkpoint, part_of, prefixed
-from hantc.passes.contest import RUNGS, Entrant, outdone
+from hantc.passes.contest import RUNGS, Entrant, Rung, outdone
 from hantc.passes.engine import (
     TimeBox,
     augmentation,
     calibrate_norm,
+    epochs,
     fast_module,
     output_kind,
     relative_mse,
     set_rate,
+    statistics_at_once,
     trainable,
     training_batches,
 )
@@ -33,16 +38,20 @@ from hantc.passes.state import Context
 
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 RECIPE = {
-    "version": 9,
+    "version": 10,
     "optimizer": "adam",
     "rate": RATE,
     "loss": "relative_mse",
-    "rungs": RUNGS,
+    "rungs": [asdict(r) for r in RUNGS],
 }
 _POSITIONS = 1 << 16  # of a region's input maps that a candidate is derived from; fits look at fewer still
 _SAMPLES = (32, 256)  # images for the same, at least and at most
+_FIT_POSITIONS = 1 << 13  # of a region's output maps that a candidate's first weights are fitted to
+_FIT_IMAGES = (32, 512)  # images for the same, at least and at most
 _STEP_POSITIONS = 1 << 13  # of a region's input maps that a candidate learns from in one step, at least
 _LEAST_IMAGES = 16  # in one step, however large the maps
+_LEAST_SHARE = 0.5  # of its time that training keeps, however long its first weights took
+_FEW_STEPS = 20  # fewer are worth a note
 
 
 @dataclass
@@ -74,7 +83,7 @@ def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) ->
         return {}
     least, most = _SAMPLES
     size = {r.input: math.prod(r.in_shape[1:]) for r in regions}
-    tapped = with_taps(network, taps)
+    tapped = with_taps(network, taps, output=False)
     found: dict[str, list[Tensor]] = {t: [] for t in taps}
     n = min(most, len(data.train))
     for i in range(0, n, least):
@@ -92,46 +101,58 @@ def checkpoint_of(store: Store, jobs: Sequence[Job]) -> Checkpoint:
     return Checkpoint(store, digest(sorted(j.key for j in jobs)))
 
 
-def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Dataset, checkpoint: Checkpoint) -> None:
+def train(
+    network: fx.GraphModule,
+    jobs: Sequence[Job],
+    ctx: Context,
+    data: Dataset,
+    checkpoint: Checkpoint,
+    share: tuple[float, float] = (1.0, 1.0),
+) -> None:
     """Train all jobs side by side on the teacher's activations (phase 1 of the paper, §3.2): relative squared
-    error, Adam, cosine; as many steps as the time share allows."""
+    error, Adam, cosine; as many steps as the time allows. `share`: these jobs' part of all there are, and of those
+    that are still to be trained."""
     taps = sorted({j.region.input for j in jobs} | {j.region.output for j in jobs})
-    tapped = fast_module(with_taps(network, taps))
+    tapped = fast_module(with_taps(network, taps, output=False))
     sample = example_inputs(network.meta["info"], 2)[0]
     kind = output_kind(network, sample, data.num_classes)
     augment = augmentation(network, data, kind)
     size = min(ctx.effort.batch_size, len(data.train))
     steps = ctx.effort.distill_epochs * max(1, (len(data.train) + len(data.more or ())) // size)
-    seconds = ctx.effort.distill_share * ctx.clock.limit_s
+    seconds = min(ctx.effort.distill_share * ctx.clock.limit_s * share[0], 0.6 * ctx.clock.remaining() * share[1])
     rates = sorted({j.rate for j in jobs})
     groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups if params])
-    box = TimeBox(min(seconds, 0.6 * ctx.clock.remaining()), steps, begun=resume(jobs, checkpoint))
-    rungs = [r for r in RUNGS if r[0] > box.begun]
+    begun = resume(jobs, checkpoint)
+    for j in jobs:
+        fast_module(j.module).train()
+    if not begun:
+        entered = time.monotonic()
+        initialise(jobs, tapped, taps, data, augment, ctx, size)
+        seconds = max(_LEAST_SHARE * seconds, seconds - (time.monotonic() - entered))
+    box = TimeBox(seconds, steps, begun=begun)
+    rungs = [r for r in RUNGS if r.at > box.begun]
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
         bar.advance(box.begun)
         done = box.begun
         for x, _ in training_batches(data, size, augment, ctx.config.seed):
             values = activations(tapped, taps, x)
-            if box.step == 0:
-                for j in jobs:
-                    fast_module(j.module).train()
-                    if not box.begun and j.spec.family not in DERIVED:
-                        calibrate_norm(j.module, values[j.region.output], values[j.region.input])
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
             for j in jobs:
                 step(j, values)
             optimizer.step()
-            if rungs and box.progress >= rungs[0][0]:
-                _retire(jobs, rungs.pop(0)[1])
             more = box.advance()
+            while rungs and box.progress >= rungs[0].at:
+                _retire(jobs, rungs.pop(0), optimizer)
             bar.advance(max(0.0, box.progress - done))
             done = max(done, box.progress)
             if not more:
                 break
             if checkpoint.due():
                 save(jobs, checkpoint, box.progress)
+    if box.step < min(steps, _FEW_STEPS) and not box.begun:
+        ctx.reporter.warn(f"candidates trained for {box.step} steps only: a longer --time-limit makes them better")
     for j in jobs:
         j.module.eval()
         ctx.reporter.event("distilled", region=j.region.name, candidate=j.spec.name, mse=j.loss, images=j.seen)
@@ -140,7 +161,8 @@ def train(network: fx.GraphModule, jobs: Sequence[Job], ctx: Context, data: Data
 def save(jobs: Sequence[Job], checkpoint: Checkpoint, progress: float) -> None:
     """Keep how far all jobs have come."""
     facts = {j.key: [j.loss, j.dead, j.rival, j.seen, j.steps] for j in jobs}
-    checkpoint.save(prefixed({j.key: j.module.state_dict() for j in jobs}), progress, facts)
+    alive = {j.key: j.module.state_dict() for j in jobs if not (j.dead or j.rival)}
+    checkpoint.save(prefixed(alive), progress, facts)
 
 
 def resume(jobs: Sequence[Job], checkpoint: Checkpoint) -> float:
@@ -149,9 +171,70 @@ def resume(jobs: Sequence[Job], checkpoint: Checkpoint) -> float:
     if saved is None or any(j.key not in saved.extra for j in jobs):
         return 0.0
     for j in jobs:
-        j.module.load_state_dict(part_of(saved.tensors, j.key))
         j.loss, j.dead, j.rival, j.seen, j.steps = saved.extra[j.key]
+        if not (j.dead or j.rival):
+            j.module.load_state_dict(part_of(saved.tensors, j.key))
     return saved.progress
+
+
+def initialise(
+    jobs: Sequence[Job],
+    tapped: fx.GraphModule,
+    taps: Sequence[str],
+    data: Dataset,
+    augment: Augment | None,
+    ctx: Context,
+    size: int,
+) -> None:
+    """Start candidates that have random weights where those alone lead: their last norms at the mean and spread of
+    the teacher's values, then their last convolutions at the least-squares fit, on as many images as that takes;
+    and every norm's running statistics at those of these images."""
+    fresh = [j for j in jobs if j.spec.family not in DERIVED]
+    values = _first_values(fresh, tapped, taps, data, augment, ctx.config.seed, size)
+    with ctx.reporter.bar(f"first weights of {len(fresh)} candidates", len(fresh)) as bar:
+        for j in fresh:
+            source, target = (values[e][: _fit_images(j.region)] for e in _ends(j))
+            usual = ordinary(image_variance(source)) & ordinary(image_variance(target))
+            if enough(usual):
+                source, target = source[usual], target[usual]
+            calibrate_norm(j.module, target, source)
+            with statistics_at_once(j.module), torch.no_grad():
+                if not fit_readout(j.module, source, target):
+                    j.module(source)
+            bar.advance()
+
+
+def _first_values(
+    jobs: Sequence[Job],
+    tapped: fx.GraphModule,
+    taps: Sequence[str],
+    data: Dataset,
+    augment: Augment | None,
+    seed: int,
+    size: int,
+) -> dict[str, Tensor]:
+    """The teacher's values at `taps` for as many images as `jobs` are fitted to, none of them twice."""
+    needs = {t: max((_fit_images(j.region) for j in jobs if t in _ends(j)), default=0) for t in taps}
+    wanted = min(max(needs.values(), default=0), max(size, len(data.train) // size * size))
+    found: dict[str, list[Tensor]] = {t: [] for t in taps}
+    batches, seen = epochs(data.train, size, augment, seed), 0
+    while seen < wanted:
+        x, _ = next(batches)
+        for tap, value in activations(tapped, taps, x).items():
+            if seen < needs[tap]:
+                found[tap].append(value[: needs[tap] - seen])
+        seen += x.shape[0]
+    return {t: torch.cat(found.pop(t)) for t in taps if found[t]}
+
+
+def _ends(job: Job) -> tuple[str, str]:
+    return job.region.input, job.region.output
+
+
+def _fit_images(region: Region) -> int:
+    """How many images a fit of a region's candidates looks at."""
+    least, most = _FIT_IMAGES
+    return min(most, max(least, math.ceil(_FIT_POSITIONS / math.prod(region.out_shape[1:]))))
 
 
 def activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> Activations:
@@ -166,7 +249,7 @@ def step(job: Job, values: Activations, *, whole: bool = False) -> None:
     a non-finite loss ends its training, not the run."""
     if job.dead or job.rival:
         return
-    ends = (job.region.input, job.region.output)
+    ends = _ends(job)
     (source, target), variance, usual = (values[e] for e in ends), values.variance(ends[1]), values.usual(*ends)
     chosen = _chosen(job, source.shape[0], usual, whole=whole)
     if chosen is not None:
@@ -199,9 +282,13 @@ def _chosen(job: Job, n: int, usual: Tensor | None, *, whole: bool) -> Tensor | 
     return images.roll(-job.steps * wanted % len(images))[:wanted]
 
 
-def _retire(jobs: Sequence[Job], clearly: float) -> None:
+def _retire(jobs: Sequence[Job], rung: Rung, optimizer: torch.optim.Optimizer) -> None:
     """Successive halving: stop training what a rival of its region already makes pointless."""
     alive = [j for j in jobs if not (j.dead or j.rival)]
     entrants = [Entrant(j.region.name, j.spec.name, j.cost, j.loss) for j in alive]
-    for job, rival in zip(alive, outdone(entrants, clearly), strict=True):
-        job.rival = rival if trainable([job.module]) else ""
+    for job, rival in zip(alive, outdone(entrants, rung), strict=True):
+        if rival and trainable([job.module]):
+            job.rival = rival
+            for p in job.module.parameters():  # nor does it take memory any more
+                p.grad = None
+                optimizer.state.pop(p, None)

@@ -87,6 +87,8 @@ class CompileConfig(BaseModel):
     effort: Effort = "standard"
     time_limit: float | None = Field(default=None, gt=0)  # seconds
     recipe: Literal["hantc", "paper"] = "hantc"  # of training candidates
+    pool: Literal["sample", "whole"] = "sample"  # of a region's scratch candidates: which are measured and trained
+    memory: int | None = Field(default=None, ge=1 << 28)  # bytes that training may fill; None: half of the machine's
     precision: Literal["auto", "fp32", "int8", "fp16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
@@ -123,7 +125,7 @@ class EffortSettings:
 
 
 EFFORTS: dict[str, EffortSettings] = {
-    "quick": EffortSettings(420, 2, 1, 14, 0.15, 12, 6, 0.40, 60, 200, 60, 0.06),
+    "quick": EffortSettings(420, 2, 1, 10, 0.15, 12, 6, 0.40, 60, 200, 60, 0.06),
     "standard": EffortSettings(1380, 2, 1, 22, 0.15, 20, 10, 0.45, 120, 400, 120, 0.05),
     "thorough": EffortSettings(9000, 3, 2, 60, 0.15, 40, 16, 0.50, 200, 800, 400, 0.04),
 }

@@ -1,14 +1,49 @@
-"""How the process holds on to memory while networks are evaluated and trained."""
+"""How much memory there is, and how the process holds on to it while networks are evaluated and trained."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's parameters (malloc.h)
 _RETAINED = (1 << 30, 32 << 20)  # bytes; glibc before 2.35 takes no more than the latter
 _AFTERWARDS = 32 << 20  # what glibc's own adjustment ends at in a program with large blocks
+
+
+_STATUS = Path("/proc/self/status")
+_UNKNOWN = 8 << 30
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container (cgroup v2)
+
+
+def total_memory() -> int:
+    """Bytes of RAM that the machine, or the container, has; 8 GiB where the system does not say."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return _UNKNOWN
+    try:
+        return min(total, int(_GROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return total
+
+
+def peak_memory() -> int:
+    """Bytes of RAM that the process held at most so far; 0 where the system does not say."""
+    try:
+        lines = _STATUS.read_text().splitlines()  # of this program alone; rusage's figure outlives an exec
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

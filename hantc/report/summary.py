@@ -123,6 +123,7 @@ class Summary(_Record):
     target_definition: dict[str, Any] = Field(default_factory=dict)  # what `target` was then: it may be a file
     batch: int | None = None
     effort: str | None = None
+    memory: dict[str, int] = Field(default_factory=dict)  # limit_bytes, peak_bytes
     max_relative_difference: Number = None  # of the student's outputs from the teacher's
     options: dict[str, Any] = Field(default_factory=dict)  # as asked for, paths absolute
 

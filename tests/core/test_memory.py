@@ -14,6 +14,26 @@ import torch
 from hantc.core import memory
 
 
+def test_figures_are_of_this_process_and_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = torch.ones(16 << 20)  # 64 MB
+    assert memory.peak_memory() >= block.nbytes
+    total = memory.total_memory()
+    assert total > memory.peak_memory()
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_GROUP_LIMIT", limit)
+    limit.write_text("max\n")
+    unlimited = memory.total_memory()
+    assert unlimited >= total
+    limit.write_text(f"{1 << 30}\n")
+    assert memory.total_memory() == min(unlimited, 1 << 30)
+    status = tmp_path / "status"
+    status.write_text("Name:\tx\nVmHWM:\t  2048 kB\nVmRSS:\t 9 kB\n")
+    monkeypatch.setattr(memory, "_STATUS", status)
+    assert memory.peak_memory() == 2 << 20
+    status.write_text("Name:\tx\n")
+    assert memory.peak_memory() >= block.nbytes, "the figure of another source"
+
+
 def _faults() -> int:
     """Page faults of allocating and filling 64 MB ten times."""
     torch.ones(16 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import fx
 from hantc.core.config import Budget
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature
 from hantc.dialect.graph import with_taps
+from hantc.dialect.norm import BatchNorm
 from hantc.dialect.spread import Activations
 from hantc.ops import registry
 from hantc.passes import distill, training
@@ -20,8 +22,9 @@ from hantc.passes.checkpoint import Checkpoint
 from hantc.passes.distill import Distill, wanted_ms, weights_key
 from hantc.passes.engine import relative_mse
 from hantc.passes.plug import origin_of, trained
-from hantc.passes.state import Context, Proposal, State
+from hantc.passes.state import Clock, Context, Proposal, State
 from hantc.passes.training import Job, activations, gather, step, train
+from tests.passes.conftest import Recorder
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -74,7 +77,7 @@ def test_more_training_makes_better_candidates(lab: Lab) -> None:
     assert len(regions) == 4
     for region in regions:
         before, after = error(lab, short, region, STACK), error(lab, long, region, STACK)
-        assert after < 0.8 * before, region
+        assert after < 0.9 * before, region
         assert after < 0.9, "better than the mean of what it shall produce"
 
 
@@ -222,7 +225,7 @@ def test_what_was_outdone_is_trained_where_its_rival_is_missing(lab: Lab) -> Non
     ctx = lab.fresh(effort={"distill_epochs": 1})
     state = offering(lab.matched, ("r03", STACK))
     key = weights_key(state, ctx, (state.proposals or ())[0])
-    ctx.store.put_json("outdone", key, {"rival": "slim_keep0.5"})
+    ctx.store.put_json("verdict", key, {"rival": "slim_keep0.5"})
     _, weights = done(state, ctx)
     assert set(weights) == {("r03", STACK.name)}
 
@@ -324,6 +327,114 @@ def test_a_step_learns_from_its_part_alone(lab: Lab, monkeypatch: pytest.MonkeyP
 def built(region: Region, spec: CandidateSpec) -> fx.GraphModule:
     torch.manual_seed(0)
     return registry.build(spec, Signature.of(region)).train()
+
+
+def offers(*sizes: tuple[str, int]) -> list[distill.Keyed]:
+    return [(Proposal(r, CandidateSpec.make("f", m=i), 1, n), f"{r}{i}") for i, (r, n) in enumerate(sizes)]
+
+
+def test_what_does_not_fit_into_memory_is_trained_in_parts_of_whole_regions() -> None:
+    todo = offers(("a", 10), ("b", 20), ("a", 30), ("c", 10))
+
+    def cut(room: int) -> list[list[str]]:
+        return [[key for _, key in part] for part in distill.parts(todo, room)]
+
+    each = 1 << 19
+    assert cut(1 << 40) == [["a0", "a2", "b1", "c3"]]
+    assert cut(2 * each + 16 * 40) == [["a0", "a2"], ["b1", "c3"]]
+    assert cut(2 * each + 16 * 40 - 1) == [["a0", "a2"], ["b1", "c3"]], "one region is never torn apart"
+    assert cut(each) == [["a0", "a2"], ["b1"], ["c3"]]
+    assert distill.parts([], 1 << 30) == []
+
+
+def test_parts_end_as_what_is_trained_together(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate of every part is stored, and the time is shared among them."""
+    shares: list[tuple[float, float]] = []
+    real = train
+
+    def spy(*rest: Any) -> None:
+        shares.append(rest[-1])
+        real(*rest)
+
+    state = offering(lab.matched, ("r01", STACK), ("r01", BOTTLE), ("r02", STACK), ("r03", STACK))
+    _, together = done(state, lab.fresh(effort={"distill_epochs": 1}))
+    monkeypatch.setattr(distill, "train", spy)
+    ctx = lab.fresh(effort={"distill_epochs": 1})
+    ctx = replace(ctx, config=ctx.config.model_copy(update={"memory": 1 << 10}))
+    _, apart = done(state, ctx)
+    assert shares == [(1 / 2, 1 / 2), (1 / 4, 1 / 2), (1 / 4, 1.0)]
+    assert set(apart) == set(together)
+    for at, weights in together.items():
+        assert all(torch.allclose(v, apart[at][k], atol=1e-4) for k, v in weights.items() if v.is_floating_point())
+    key = weights_key(state, ctx, (state.proposals or ())[2])  # as if it had been killed in the second part
+    for path in ctx.store.root.rglob(f"*{key}*"):
+        path.unlink()
+    shares.clear()
+    again, _ = done(state, replace(ctx, clock=Clock(600.0)))
+    assert shares == [(1 / 4, 1.0)], "no more time than the undisturbed run gave it"
+    assert again.weights is not None and set(again.weights) == set(together)
+
+
+def test_a_whole_pool_and_a_sample_do_not_share_what_was_trained(lab: Lab) -> None:
+    ctx = lab.fresh()
+    state = offering(lab.matched, ("r01", STACK))
+    offer = (state.proposals or ())[0]
+    whole = replace(ctx, config=ctx.config.model_copy(update={"pool": "whole"}))
+    assert weights_key(state, ctx, offer) != weights_key(state, whole, offer)
+
+
+def test_candidates_start_at_a_fit_on_images_that_are_all_different(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, match = lab.matched.network, lab.matched.match
+    assert network is not None and match is not None
+    ctx = lab.fresh()
+    jobs = [Job(match.region(r), STACK, built(match.region(r), STACK), r) for r in ("r01", "r03")]
+    taps = sorted({e for j in jobs for e in (j.region.input, j.region.output)})
+    tapped = with_taps(network, taps, output=False)
+    monkeypatch.setattr(training, "_FIT_POSITIONS", 1 << 20)  # more images than there are
+    values = training._first_values(jobs, tapped, taps, lab.labelled, None, 0, 32)
+    n = len(lab.labelled.train) // 32 * 32
+    assert {len(v) for v in values.values()} == {n}
+    first = values[jobs[0].region.input].flatten(1)
+    assert len(torch.unique(first, dim=0)) == n
+
+    def left(job: Job) -> float:
+        x, _ = lab.labelled.search.batch(list(range(64)))
+        _, (source, target) = with_taps(network, [job.region.input, job.region.output])(x)
+        with torch.no_grad():
+            return float(relative_mse(copy.deepcopy(job.module).eval()(source), target))
+
+    before = [left(j) for j in jobs]
+    training.initialise(jobs, tapped, taps, lab.labelled, None, ctx, 32)
+    shares = [left(j) / b for j, b in zip(jobs, before, strict=True)]
+    assert max(shares) < 0.8, shares
+    norms = [m for j in jobs for m in j.module.modules() if isinstance(m, BatchNorm)]
+    assert all(m.momentum == BatchNorm(1).momentum for m in norms), "later batches move statistics a little only"
+
+
+def test_values_alone_end_behind_the_last_tap(lab: Lab) -> None:
+    network, match = lab.matched.network, lab.matched.match
+    assert network is not None and match is not None
+    taps = [match.region("r01").input, match.region("r01").output]
+    x, _ = lab.labelled.search.batch([0, 1, 2])
+    short, full = with_taps(network, taps, output=False), with_taps(network, taps)
+    out, values = short(x)
+    assert out is None
+    assert all(torch.equal(a, b) for a, b in zip(values, full(x)[1], strict=True))
+    assert len(short.graph.nodes) < len(full.graph.nodes) / 2
+
+
+def test_too_short_a_training_is_told(lab: Lab) -> None:
+    ctx = lab.fresh(effort={"distill_epochs": 24, "distill_share": 1e-6})
+    done(offering(lab.matched, ("r01", STACK)), ctx)
+    assert any("steps only" in text for text in warnings(ctx))
+    ctx = lab.fresh(effort={"distill_epochs": 1})
+    done(offering(lab.matched, ("r01", STACK)), ctx)
+    assert not warnings(ctx)
+
+
+def warnings(ctx: Context) -> list[str]:
+    assert isinstance(ctx.reporter, Recorder)
+    return [str(fields["text"]) for kind, fields in ctx.reporter.events if kind == "warning"]
 
 
 def test_without_data_nothing_is_trained(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,21 @@ def test_the_effort_limits_what_is_measured_and_all_families_get_a_share(lab: La
     assert any("--effort" in reason for _, _, reason in state.skipped)
 
 
+def test_a_whole_pool_leaves_out_nothing_of_single_regions_that_could_be_faster(lab: Lab) -> None:
+    ctx = lab.context(data=lab.labelled, effort={"measured_per_region": 20})
+    whole = Propose().call(lab.matched, replace(ctx, config=ctx.config.model_copy(update={"pool": "whole"})))
+    spans = {p.region for p in whole.proposals or () if "_" in p.region}
+    sampled_out = {r for r, _, reason in whole.skipped if "not in the sample" in reason}
+    assert spans and sampled_out and sampled_out <= spans
+    sample = Propose().call(lab.matched, ctx)
+    advised = {r for r, _, reason in sample.skipped if "--pool whole" in reason}
+    assert advised and not advised & spans
+    more = Counter(p.region for p in whole.proposals or ())
+    less = Counter(p.region for p in sample.proposals or ())
+    assert all(more[r] == n for r, n in less.items() if r in spans)
+    assert all(more[r] > 2 * n for r, n in less.items() if r not in spans)
+
+
 def test_spans_do_not_get_the_identity(lab: Lab) -> None:
     state = Propose().call(lab.matched, lab.context(data=lab.labelled))
     assert state.match is not None

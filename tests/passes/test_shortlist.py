@@ -27,6 +27,7 @@ def choose(
     places: tuple[int, int] = (2, 1),
     budget: float = 0.5,
     teacher: tuple[float, ...] = (1.0,),
+    whole: bool = False,
 ) -> tuple[list[str], Skipped]:
     """`options`: candidate → latency in FP32 (and INT8); a candidate called "c40" has 40 MACs, "identity" none.
     Returns the names of the kept ones and the reasons of the others."""
@@ -38,7 +39,7 @@ def choose(
     specs = {name: CandidateSpec("identity" if name == "identity" else name) for name in options}
     proposals = [Proposal(where, s, 0 if n == "identity" else int(n[1:]), 0) for n, s in specs.items()]
     table = CostTable(tuple(r for n, t in {"teacher": teacher, **options}.items() for r in rows(n, t)), 1.0, 0.0)
-    kept, skipped = shortlist(proposals, table, REGIONS, places, budget)
+    kept, skipped = shortlist(proposals, table, REGIONS, places, budget, whole=whole)
     assert all(p.region == where for p in kept)
     assert {(r, p) for r, _, p, _ in skipped} <= {(where, "*")}
     names = [p.spec.name for p in kept]
@@ -74,6 +75,14 @@ def test_the_most_capable_under_each_ceiling_is_kept() -> None:
     assert "capacity" in why["c45"]
     assert choose(options, places=(1, 1))[0] == ["c50"]
     assert choose(options, places=(1, 1), budget=0.3)[0] == ["c20"]
+
+
+def test_of_a_whole_pool_all_that_are_faster_are_kept_but_not_of_spans() -> None:
+    options = {"c90": (0.95,), "c50": (0.55,), "c45": (0.5,), "c20": (0.3,), "c15": (0.1,)}
+    kept, why = choose(options, whole=True)
+    assert kept == ["c50", "c45", "c20", "c15"]
+    assert list(why) == ["c90"] and why["c90"].startswith("not faster")
+    assert choose(options, whole=True, where="r0_r1")[0] == choose(options, where="r0_r1")[0] == ["c50"]
 
 
 def test_capacity_counts_before_latency_and_latency_breaks_ties() -> None:
