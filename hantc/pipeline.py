@@ -23,6 +23,7 @@ from hantc.passes.load import Load
 from hantc.passes.match import Match
 from hantc.passes.normalize import Normalize
 from hantc.passes.propose import Propose
+from hantc.passes.redistil import Redistil
 from hantc.passes.rewrite import Rewrite
 from hantc.passes.score import Score
 from hantc.passes.select import Select
@@ -45,6 +46,7 @@ COMPILE: Passes = (
     Score(),  # trained candidates -> scores
     Select(),  # scores and costs -> plan
     Rewrite(),  # plan -> student
+    Redistil(),  # student -> student whose regions undo each other's errors
     Finetune(),  # student -> student trained as a whole
     Emit(),  # student -> ONNX model
     Verify(),  # ONNX model -> summary

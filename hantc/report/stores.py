@@ -21,6 +21,7 @@ KINDS = {
     "verdict": "candidates found pointless or broken in training",
     "score": "scores of candidates",
     "plan": "selections",
+    "redistilled": "students with fitted regions",
     "finetuned": "fine-tuned students",
     "history": "courses of fine-tuning",
     "verify": "figures of finished files",
