@@ -34,6 +34,7 @@ _ROUNDS = 3  # of measuring some students and correcting the table
 _PROBES = 4  # students in each
 _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
+_DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
 _VERSION = 12
 _UNUSABLE_MS = 1e8
@@ -183,12 +184,13 @@ class Select:
 
     @staticmethod
     def _aim(state: State, budget: float) -> float:
-        """What to plan for: a little below the budget, unless nothing reaches that."""
+        """What to plan for: a little below the budget, unless nothing reaches that; what is nearest to it where that
+        is above it by no more than measuring can be wrong."""
         assert state.costs is not None
         if budget >= state.costs.teacher_ms:
             return budget  # the teacher itself fits
         least = 1.001 * reachable(make_problem(state, budget))[0]
-        return min(budget, max(_AIM * budget, least))
+        return max(_AIM * budget, least) if least <= _DOUBT * budget else budget
 
     @staticmethod
     def _solve(problem: Problem, ctx: Context, k: int) -> list[Solution]:

@@ -11,8 +11,9 @@ import pytest
 from hantc.core.config import Budget
 from hantc.core.errors import BudgetError
 from hantc.core.types import CandidateSpec, MatchResult, Plan, ScoreRow
-from hantc.passes.select import Select
+from hantc.passes.select import Select, make_problem
 from hantc.passes.state import Context, Evaluated, State
+from hantc.search.pareto import reachable
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -168,6 +169,17 @@ def test_a_budget_out_of_reach_is_an_error_that_names_the_nearest(lab: Lab) -> N
     check(state, plan)
     assert state.costs is not None
     assert plan.predicted_latency_ms <= advised.in_ms(state.costs.teacher_ms) * 1.000001
+
+
+def test_a_budget_missed_by_no_more_than_measuring_can_be_wrong_is_tried(lab: Lab) -> None:
+    """A nearest budget that was promised may be missed by a little when the table is corrected again."""
+    state = in_fp32(lab)
+    assert state.costs is not None
+    least = reachable(make_problem(state, math.inf))[0] / state.costs.teacher_ms
+    _, plan = select(state, lab.fresh(precisions=("fp32",), budget=Budget(fraction=least / 1.08)))
+    assert 1 < plan.predicted_latency_ms / plan.budget_ms <= 1.1
+    with pytest.raises(BudgetError):
+        select(state, lab.fresh(precisions=("fp32",), budget=Budget(fraction=least / 1.3)))
 
 
 def test_the_fastest_within_the_allowed_drop(lab: Lab) -> None:
