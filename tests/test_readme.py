@@ -40,7 +40,7 @@ def workplace(tiny: Tiny, compiled: Compiled, tmp_path: Path, monkeypatch: pytes
     (home / "../shared/data").mkdir()
     for name in ("set.npz", "../shared/data/cifar10_lossless.npz"):
         shutil.copy(tiny.data, home / name)
-    for name in ("images", "cifar10_jpeg", "more"):
+    for name in ("images", "cifar10_jpeg", "cifar10_train", "more"):
         for i, (image, label) in enumerate(zip(tiny.images, tiny.labels, strict=True)):
             folder = home / name / f"class{label}"
             folder.mkdir(parents=True, exist_ok=True)
