@@ -44,7 +44,8 @@ def workplace(tiny: Tiny, compiled: Compiled, tmp_path: Path, monkeypatch: pytes
         for i, (image, label) in enumerate(zip(tiny.images, tiny.labels, strict=True)):
             folder = home / name / f"class{label}"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{i}.png")
+            other = 255 - image if name == "cifar10_train" else image  # the same images again would be left out
+            Image.fromarray(other).save(folder / f"{i}.png")
     for name in ("model.hantc", "other.hantc"):
         shutil.copytree(compiled.folder, home / name)
     shutil.copy(compiled.folder / "lut.json", home / "table.json")
