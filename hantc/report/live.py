@@ -11,6 +11,7 @@ from hantc.core.progress import Bar, Reporter
 from hantc.report.text import fmt_seconds
 
 _TELL_S = 30.0  # between progress lines where there is no terminal
+_TELLING = 0.01  # share done from which on it says something of the time left
 
 
 class RichReporter(Reporter):
@@ -75,8 +76,9 @@ class _Lines:
         now = time.monotonic()
         if now - self.told >= _TELL_S and 0 < self.done < self.total:
             self.told = now
-            left = (now - self.begun) * (self.total / self.done - 1)
-            self.reporter.say(f"{self.title}: {self.done / self.total:.0%}, {fmt_seconds(left)} left")
+            share = self.done / self.total
+            left = f", {fmt_seconds((now - self.begun) * (1 / share - 1))} left" if share >= _TELLING else ""
+            self.reporter.say(f"{self.title}: {share:.0%}{left}")
 
     def finish(self) -> None:
         self.reporter.say(f"{self.title}: done in {fmt_seconds(time.monotonic() - self.begun)}")
