@@ -10,7 +10,7 @@ from onnx import ModelProto
 from torch import fx
 
 from hantc.core.backend_api import Feeds
-from hantc.core.types import CandidateSpec, Choice
+from hantc.core.types import CandidateSpec, Choice, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
@@ -34,6 +34,17 @@ class Blueprint:
     def int8(self) -> tuple[str, ...]:
         """Names of the regions in INT8."""
         return tuple(r for r, _, p in self.picks if p == "int8")
+
+
+def student_facts(state: State, student: fx.GraphModule, data: Dataset) -> dict[str, object]:
+    """What work on a student depends on, for its key in the store: teacher, data, choices, and the weights so far."""
+    assert state.plan is not None
+    return {
+        "teacher": state.model_hash,
+        "data": data.training_stamp,
+        "picks": Blueprint.of(state.plan.choices).picks,
+        "start": digest({k: v.detach().contiguous().sum().item() for k, v in student.state_dict().items()}),
+    }
 
 
 def build_student(state: State, blueprint: Blueprint, specs: Mapping[str, CandidateSpec]) -> fx.GraphModule:

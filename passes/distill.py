@@ -48,10 +48,11 @@ class Distill:
         budget = min(1.0, wanted_ms(state.costs, ctx) / state.costs.teacher_ms)
         whole = ctx.config.pool == "whole"
         kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget, whole=whole)
-        weights, todo, outdone = self._stored(state, ctx, kept)
+        keyed = [(p, weights_key(state, ctx, p)) for p in kept]
+        weights, todo, outdone = self._stored(state, ctx, keyed)
         skipped += outdone
         wanted, trained = {key for _, key in todo}, 0
-        every = parts([(p, weights_key(state, ctx, p)) for p in kept], ctx.memory_limit // 2)
+        every = parts(keyed, ctx.memory_limit // 2)
         open_parts = [part for part in every if any(key in wanted for _, key in part)]
         for i, part in enumerate(open_parts):
             left = sum(map(len, open_parts[i:]))
@@ -81,14 +82,13 @@ class Distill:
         return [(job.region.name, job.spec.name, "*", reason) for job, reason in kept if reason], len(jobs)
 
     @staticmethod
-    def _stored(state: State, ctx: Context, kept: Sequence[Proposal]) -> tuple[Weights, list[Keyed], list[Skipped]]:
+    def _stored(state: State, ctx: Context, kept: Sequence[Keyed]) -> tuple[Weights, list[Keyed], list[Skipped]]:
         """What the store holds of `kept`, what is to be trained, and what a rival among them is known to outdo."""
-        costs, names = least_costs(state), {(p.region, p.spec.name) for p in kept}
+        costs, names = least_costs(state), {(p.region, p.spec.name) for p, _ in kept}
         weights: Weights = {}
         todo: list[Keyed] = []
         skipped: list[Skipped] = []
-        for p in kept:
-            key = weights_key(state, ctx, p)
+        for p, key in kept:
             stored = ctx.store.get_tensors("weights", key)
             verdict = ctx.store.get_json("verdict", key) or {} if stored is None else {}
             rival = (p.region, verdict.get("rival", ""))

@@ -167,6 +167,18 @@ def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Itera
             yield fast_layout(x), y
 
 
+def fit_images(positions: int, total: int, bounds: tuple[int, int]) -> int:
+    """How many images a least-squares fit looks at, for `total` positions at `positions` an image, within `bounds`."""
+    least, most = bounds
+    return min(most, max(least, math.ceil(total / positions)))
+
+
+def different(data: Dataset, size: int, n: int) -> int:
+    """At most `n`: as many images as batches of `size` bring before any comes again. A fit must not be judged on
+    images that it has seen."""
+    return min(n, max(size, len(data.train) // size * size))
+
+
 def training_batches(
     data: Dataset, size: int, augment: Augment | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:

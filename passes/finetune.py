@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from hantc.core.types import digest
-from hantc.passes.assemble import Blueprint
+from hantc.passes.assemble import student_facts
 from hantc.passes.checkpoint import Checkpoint
 from hantc.passes.state import Context, State
 from hantc.passes.tuning import RECIPE, Tuner
@@ -28,16 +28,8 @@ class Finetune:
         if ctx.data is None or not changed:
             return state
         student = state.student
-        key = digest(
-            {
-                "recipe": RECIPE,
-                "teacher": state.model_hash,
-                "data": ctx.data.training_stamp,
-                "picks": Blueprint.of(state.plan.choices).picks,
-                "start": digest({k: v.detach().contiguous().sum().item() for k, v in student.state_dict().items()}),
-                "effort": [asdict(ctx.effort), ctx.config.seed],
-            }
-        )
+        own = {"recipe": RECIPE, "effort": [asdict(ctx.effort), ctx.config.seed]}
+        key = digest({**student_facts(state, student, ctx.data), **own})
         stored = ctx.store.get_tensors("finetuned", key)
         if stored is not None:
             student.load_state_dict({k: torch.from_numpy(v) for k, v in stored.items()})

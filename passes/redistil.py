@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, fx
 
 from hantc.core.types import digest
+from hantc.data.augment import Augment
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import with_taps
 from hantc.ops.readout import fit_readout
-from hantc.passes.assemble import Blueprint
-from hantc.passes.engine import Judge, augmentation, output_kind, training_batches
+from hantc.passes.assemble import student_facts
+from hantc.passes.engine import Judge, augmentation, different, fit_images, output_kind, training_batches
 from hantc.passes.state import Context, State
 from hantc.passes.training import activations
 
 _POSITIONS = 1 << 19  # of the largest maps that the fits look at together
 _IMAGES = (64, 512)  # for the same, at least and at most
-RECIPE = {"version": 1, "images": _IMAGES, "positions": _POSITIONS}
+RECIPE = {"version": 2, "images": _IMAGES, "positions": _POSITIONS}
 
 
 class Redistil:
@@ -44,16 +45,8 @@ class Redistil:
         held = [n.name for n in student.graph.nodes if n.op == "call_module" and n.name in regions]
         if ctx.data is None or not held:
             return state
-        key = digest(
-            {
-                "recipe": RECIPE,
-                "teacher": state.model_hash,
-                "data": ctx.data.training_stamp,
-                "picks": Blueprint.of(state.plan.choices).picks,
-                "start": digest({k: v.detach().contiguous().sum().item() for k, v in student.state_dict().items()}),
-                "images": [ctx.effort.score_images, ctx.config.seed],
-            }
-        )
+        own = {"recipe": RECIPE, "images": [ctx.effort.score_images, ctx.config.seed]}
+        key = digest({**student_facts(state, student, ctx.data), **own})
         stored = ctx.store.get_tensors("redistilled", key)
         if stored is not None:
             student.load_state_dict({k: torch.from_numpy(v) for k, v in stored.items()})
@@ -64,7 +57,8 @@ class Redistil:
         with ctx.reporter.bar("fitting the student's regions", 3) as bar:
             before = judge(student)["kl"]
             bar.advance()
-            x = _images(state, ctx, ctx.data, max(math.prod(regions[r].out_shape[1:]) for r in held))
+            augment = augmentation(state.network, ctx.data, kind)
+            x = _images(ctx, ctx.data, augment, max(math.prod(regions[r].out_shape[1:]) for r in held))
             taps = [regions[r].output for r in held]
             wanted = activations(with_taps(state.network, taps, output=False), taps, x)
             walk = _FrontToBack(fitted, {r: wanted[regions[r].output] for r in held})
@@ -81,14 +75,11 @@ class Redistil:
         return replace(state, student=student)
 
 
-def _images(state: State, ctx: Context, data: Dataset, positions: int) -> Tensor:
-    """As many training images as the largest maps allow."""
-    assert state.network is not None
-    least, most = _IMAGES
-    n = min(most, max(least, _POSITIONS // positions))
-    kind = output_kind(state.network, example_inputs(state.network.meta["info"], 2)[0], data.num_classes)
+def _images(ctx: Context, data: Dataset, augment: Augment | None, positions: int) -> Tensor:
+    """As many training images as the largest maps allow, none of them twice."""
     size = min(ctx.effort.batch_size, len(data.train))
-    batches = training_batches(data, size, augmentation(state.network, data, kind), ctx.config.seed + 3)
+    n = different(data, size, fit_images(positions, _POSITIONS, _IMAGES))
+    batches = training_batches(data, size, augment, ctx.config.seed + 3)
     return torch.cat([next(batches)[0] for _ in range(math.ceil(n / size))])[:n]
 
 

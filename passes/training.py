@@ -25,8 +25,10 @@ from hantc.passes.engine import (
     TimeBox,
     augmentation,
     calibrate_norm,
+    different,
     epochs,
     fast_module,
+    fit_images,
     output_kind,
     relative_mse,
     set_rate,
@@ -50,8 +52,9 @@ _FIT_POSITIONS = 1 << 13  # of a region's output maps that a candidate's first w
 _FIT_IMAGES = (32, 512)  # images for the same, at least and at most
 _STEP_POSITIONS = 1 << 13  # of a region's input maps that a candidate learns from in one step, at least
 _LEAST_IMAGES = 16  # in one step, however large the maps
+_STARTED = 1e-6  # share of the training that first weights count as
 _LEAST_SHARE = 0.5  # of its time that training keeps, however long its first weights took
-_FEW_STEPS = 20  # fewer are worth a note
+_FEW_STEPS = 20  # fewer are worth a warning
 
 
 @dataclass
@@ -130,6 +133,8 @@ def train(
         entered = time.monotonic()
         initialise(jobs, tapped, taps, data, augment, ctx, size)
         seconds = max(_LEAST_SHARE * seconds, seconds - (time.monotonic() - entered))
+        if checkpoint.due():
+            save(jobs, checkpoint, _STARTED)
     box = TimeBox(seconds, steps, begun=begun)
     rungs = [r for r in RUNGS if r.at > box.begun]
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
@@ -215,7 +220,7 @@ def _first_values(
 ) -> dict[str, Tensor]:
     """The teacher's values at `taps` for as many images as `jobs` are fitted to, none of them twice."""
     needs = {t: max((_fit_images(j.region) for j in jobs if t in _ends(j)), default=0) for t in taps}
-    wanted = min(max(needs.values(), default=0), max(size, len(data.train) // size * size))
+    wanted = different(data, size, max(needs.values(), default=0))
     found: dict[str, list[Tensor]] = {t: [] for t in taps}
     batches, seen = epochs(data.train, size, augment, seed), 0
     while seen < wanted:
@@ -233,8 +238,7 @@ def _ends(job: Job) -> tuple[str, str]:
 
 def _fit_images(region: Region) -> int:
     """How many images a fit of a region's candidates looks at."""
-    least, most = _FIT_IMAGES
-    return min(most, max(least, math.ceil(_FIT_POSITIONS / math.prod(region.out_shape[1:]))))
+    return fit_images(math.prod(region.out_shape[1:]), _FIT_POSITIONS, _FIT_IMAGES)
 
 
 def activations(tapped: fx.GraphModule, taps: Sequence[str], x: Tensor) -> Activations:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Add
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.spread import image_variance, ordinary, per_image
-from hantc.ops.refit import solve_conv
+from hantc.ops.refit import activations, solve_conv
 
 _COLUMNS = 1152  # weights of one output channel, at most: solving for more takes longer than learning them
 _ROWS = (6144, 6)  # positions that a fit looks at: so many, or for each of those so many, whichever is more
@@ -26,7 +25,6 @@ _HELD = 4  # one image in so many judges the fit, and is not fitted to
 _RECTIFIERS = ("relu", "relu6", "leakyrelu")  # what should come out of them can be asked for before them
 _SMOOTH = ("silu", "hardswish")  # these have an inverse from their minimum on
 _LINEAR, _POINTS = 12.0, 8192  # where they are the identity at the latest; how finely they are inverted
-_RIDGE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,16 @@ def fit_readout(candidate: fx.GraphModule, source: Tensor, target: Tensor) -> bo
     inner = _inner(conv, margin)
     rows = min(max(_ROWS[0], _ROWS[1] * inner.weight[0].numel()), available)
     with torch.no_grad():
-        watch = _Watch(candidate, {ending.conv.all_input_nodes[0], ending.arm, ending.total})
-        before = _error(watch.run(source)[held], target[held])
-        seen = watch.seen[ending.conv.all_input_nodes[0]]
-        if not watch.seen[ending.total].shape == watch.seen[ending.arm].shape == target.shape:
+        values = activations(candidate, source)
+        seen, arm, total = (values[n.name] for n in (ending.conv.all_input_nodes[0], ending.arm, ending.total))
+        if not total.shape == arm.shape == target.shape:
             return False  # an arm that is spread over all positions
+        before = _error(values[ending.last.name][held], target[held])
         whole = target if ending.last is ending.total else _before(candidate, ending.last, target)
-        goal = whole - (watch.seen[ending.total] - watch.seen[ending.arm])
+        goal = whole - (total - arm)
         goal = goal if ending.arm is ending.norm else _before(candidate, ending.arm, goal)
         start = conv.weight if conv is norm else torch.zeros_like(inner.weight)
-        solved = solve_conv(inner, seen[~held], goal[~held], start=start, rows=rows, ridge=_RIDGE)
+        solved = solve_conv(inner, seen[~held], goal[~held], start=start, rows=rows)
         if solved is None:
             return False
         states = [(leaf, copy.deepcopy(leaf.state_dict())) for leaf in (conv, norm)]
@@ -168,18 +166,3 @@ def _before(candidate: fx.GraphModule, node: fx.Node, wanted: Tensor) -> Tensor:
     right = torch.searchsorted(y, wanted.clamp(float(y[0]), float(y[-1])).contiguous()).clamp(1, len(y) - 1)
     share = (wanted.clamp_min(float(y[0])) - y[right - 1]) / (y[right] - y[right - 1]).clamp_min(1e-12)
     return torch.where(wanted > y[-1], wanted, x[right - 1] + share.clamp(0, 1) * (x[right] - x[right - 1]))
-
-
-class _Watch(fx.Interpreter):
-    """Runs a graph and keeps some nodes' values in `seen`."""
-
-    def __init__(self, module: fx.GraphModule, nodes: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.nodes, self.seen = nodes, dict[fx.Node, Tensor]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        """As fx, and remembers."""
-        value = super().run_node(n)
-        if n in self.nodes:
-            self.seen[n] = value
-        return value

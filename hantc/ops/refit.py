@@ -74,7 +74,7 @@ def fit_conv(conv: Conv, x: Tensor, target: Tensor) -> None:
 
 
 def solve_conv(
-    conv: Conv, x: Tensor, target: Tensor, *, start: Tensor, rows: int = _ROWS, ridge: float = _RIDGE
+    conv: Conv, x: Tensor, target: Tensor, *, start: Tensor, rows: int = _ROWS
 ) -> tuple[Tensor, Tensor] | None:
     """(weight, bias) of an ungrouped or depthwise convolution that lead from `x` to `target`, (N, C', H', W'), by
     ridge regression drawn towards the weights `start`, on at most `rows` positions. None where it has no solution."""
@@ -87,7 +87,7 @@ def solve_conv(
         design = patches.flatten(1).unsqueeze(0)  # (1, P, C·k²)
         origin = start.flatten(1).t().unsqueeze(0)  # (1, C·k², C')
         goal = wanted.unsqueeze(0)
-    solved = _ridge(design, goal, origin, ridge)
+    solved = _ridge(design, goal, origin)
     if solved is None:
         return None
     weight, bias = solved
@@ -95,14 +95,14 @@ def solve_conv(
     return flat.reshape(conv.weight.shape), bias.flatten()
 
 
-def _ridge(design: Tensor, goal: Tensor, start: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
-    """(weights, bias) minimising ‖design·w + b − goal‖² + λ‖w − start‖², batched over dim 0; λ is `ridge` times the
-    mean energy of the inputs."""
+def _ridge(design: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(weights, bias) minimising ‖design·w + b − goal‖² + λ‖w − start‖², batched over dim 0; λ is _RIDGE
+    times the mean energy of the inputs."""
     centre, level = design.mean(1, keepdim=True), goal.mean(1, keepdim=True)
     a, y = design - centre, goal - level
     gram = (a.transpose(1, 2) @ a).double()
     n = gram.shape[-1]
-    strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    strength = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     gram = gram + strength[:, None, None] * torch.eye(n, dtype=gram.dtype)
     right = (a.transpose(1, 2) @ y).double() + strength[:, None, None] * start.double()
     factor, info = torch.linalg.cholesky_ex(gram)

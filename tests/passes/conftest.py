@@ -38,6 +38,7 @@ from hantc.dialect.shape import Flatten
 from hantc.ops.registry import estimate
 from hantc.passes.cost import Cost
 from hantc.passes.distill import Distill
+from hantc.passes.engine import first_output
 from hantc.passes.load import Load
 from hantc.passes.match import Match
 from hantc.passes.normalize import Normalize
@@ -295,6 +296,14 @@ class Lab:
             if len(r.atoms) == 1
         )
         return Rewrite().call(replace(self.scored, plan=Plan(choices, 1.0, 1.0, 0.0)), self.shared)
+
+    def distance(self, state: State) -> float:
+        """Mean squared error of the student's outputs on images that nothing was trained on."""
+        assert state.student is not None and state.network is not None
+        x, _ = self.labelled.val.batch(list(range(40)))
+        with torch.no_grad():
+            pair = [first_output(m(x)) for m in (state.student, state.network)]
+        return float((pair[0] - pair[1]).square().mean())
 
 
 def offer(region: Region, spec: CandidateSpec) -> Proposal:

@@ -12,27 +12,16 @@ import torch
 from hantc.dialect.graph import with_taps
 from hantc.passes import tuning
 from hantc.passes.checkpoint import Checkpoint
-from hantc.passes.engine import first_output
 from hantc.passes.finetune import Finetune
-from hantc.passes.state import State
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
 
 
-def distance(lab: Lab, state: State) -> float:
-    """Mean squared error of the student's outputs on images that nothing was trained on."""
-    assert state.student is not None and state.network is not None
-    x, _ = lab.labelled.val.batch(list(range(40)))
-    with torch.no_grad():
-        pair = [first_output(m(x)) for m in (state.student, state.network)]
-    return float((pair[0] - pair[1]).square().mean())
-
-
 def test_the_student_gets_nearer_to_the_teacher(lab: Lab) -> None:
-    before = distance(lab, lab.rewritten())
+    before = lab.distance(lab.rewritten())
     after = Finetune().call(lab.rewritten(), lab.fresh(effort={"finetune_epochs": 12}))
-    assert distance(lab, after) < 0.8 * before
+    assert lab.distance(after) < 0.8 * before
     losses = [h["loss"] for h in after.history]
     assert losses[-1] < losses[0]
     assert after.history[-1]["progress"] == 1.0
@@ -48,10 +37,10 @@ def test_the_teacher_is_not_touched(lab: Lab) -> None:
 
 def test_the_best_state_is_kept_where_training_does_harm(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "RATES", (0.1, 0.1, 0.1))
-    before = distance(lab, lab.rewritten())
+    before = lab.distance(lab.rewritten())
     after = Finetune().call(lab.rewritten(), lab.fresh(effort={"finetune_epochs": 3}))
     assert after.history[-1]["kl"] > after.history[0]["kl"], "it did harm"
-    assert distance(lab, after) <= 1.5 * before
+    assert lab.distance(after) <= 1.5 * before
 
 
 def test_a_second_call_trains_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,22 +13,13 @@ from torch import nn
 
 from hantc.ops.readout import fit_readout
 from hantc.passes import redistil
-from hantc.passes.engine import Judge, first_output, output_kind
+from hantc.passes.engine import Judge, output_kind
 from hantc.passes.redistil import Redistil
 from hantc.passes.state import Context, State
 from tests.passes.conftest import Recorder
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
-
-
-def distance(lab: Lab, state: State) -> float:
-    """Mean squared error of the student's outputs on images that nothing was fitted to."""
-    assert state.student is not None and state.network is not None
-    x, _ = lab.labelled.val.batch(list(range(40)))
-    with torch.no_grad():
-        pair = [first_output(m(x)) for m in (state.student, state.network)]
-    return float((pair[0] - pair[1]).square().mean())
 
 
 def last(ctx: Context) -> Mapping[str, Any]:
@@ -48,9 +39,9 @@ def damaged(lab: Lab) -> State:
 
 def test_errors_of_early_regions_are_undone(lab: Lab) -> None:
     state, ctx = damaged(lab), lab.fresh()
-    before = distance(lab, state)
+    before = lab.distance(state)
     after = Redistil().call(state, ctx)
-    assert distance(lab, after) < 0.5 * before
+    assert lab.distance(after) < 0.5 * before
     event = last(ctx)
     assert event["taken"] and event["fitted"] >= 2 and event["after"] < event["before"]
 
@@ -120,3 +111,12 @@ def test_the_judge_is_the_search_split(lab: Lab) -> None:
     assert after.student is not None
     event = last(ctx)
     assert event["before"] == pytest.approx(before) and event["after"] == pytest.approx(judge(after.student)["kl"])
+
+
+def test_no_image_is_fitted_to_twice(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes again would judge the fit that it was part of."""
+    monkeypatch.setattr(redistil, "_IMAGES", (1 << 12, 1 << 13))  # far more than there are
+    ctx = lab.fresh()
+    x = redistil._images(ctx, lab.labelled, None, 144)
+    assert len(x) == len(lab.labelled.train) // ctx.effort.batch_size * ctx.effort.batch_size
+    assert len(torch.unique(x.flatten(1), dim=0)) == len(x)
