@@ -8,10 +8,11 @@ from dataclasses import asdict, replace
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from hantc.core.types import CostTable, Signature, digest
 from hantc.data.dataset import Dataset
-from hantc.ops.registry import DERIVED, build
+from hantc.ops.registry import DERIVED, build, is_exact
 from hantc.passes.contest import SAME_COST
 from hantc.passes.engine import trainable
 from hantc.passes.paper import RECIPE as PAPER
@@ -42,7 +43,7 @@ class Distill:
         """Train what the store does not hold."""
         assert state.network is not None and state.match is not None and state.costs is not None
         if ctx.data is None:
-            return replace(state, weights={})
+            return replace(state, weights=self._exact(state))
         regions = {r.name: r for r in state.match.regions}
         places = (ctx.effort.per_region, ctx.effort.per_span)
         budget = min(1.0, wanted_ms(state.costs, ctx) / state.costs.teacher_ms)
@@ -76,10 +77,21 @@ class Distill:
                 train_paper(state.network, jobs, ctx, ctx.data, progress)
             else:
                 train(state.network, [*jobs, *still], ctx, ctx.data, progress, share)
-        weights.update({(job.region.name, job.spec.name): {} for job in still})
+        weights.update({(job.region.name, job.spec.name): _weights(job.module) for job in still})
         kept = [(job, self._keep(job, ctx, weights)) for job in jobs]
         progress.clear()
         return [(job.region.name, job.spec.name, "*", reason) for job, reason in kept if reason], len(jobs)
+
+    @staticmethod
+    def _exact(state: State) -> Weights:
+        """The weights of exact candidates, which are the teacher's: there is nothing to learn."""
+        assert state.network is not None and state.match is not None
+        weights: Weights = {}
+        for p in state.proposals or ():
+            region = state.match.region(p.region)
+            origin = origin_of(state.network, state.match, region)
+            weights[p.region, p.spec.name] = _weights(build(p.spec, Signature.of(region), origin=origin))
+        return weights
 
     @staticmethod
     def _stored(state: State, ctx: Context, kept: Sequence[Keyed]) -> tuple[Weights, list[Keyed], list[Skipped]]:
@@ -115,7 +127,7 @@ class Distill:
             ctx.note(f"{job.region.name} {job.spec.name} dropped: {job.dead}")
             ctx.store.put_json("verdict", job.key, {"dead": job.dead})
             return job.dead
-        tensors = {k: v.detach().cpu().contiguous() for k, v in job.module.state_dict().items()}
+        tensors = _weights(job.module)
         ctx.store.put_tensors("weights", job.key, {k: v.numpy() for k, v in tensors.items()})
         weights[job.region.name, job.spec.name] = tensors
         return ""
@@ -138,7 +150,7 @@ class Distill:
                     origin = origin_of(state.network, state.match, region, samples[region.input])
                 module = build(p.spec, Signature.of(region), origin=origin)
                 job = Job(region, p.spec, module, key, costs[p.region, p.spec.name])
-                (jobs if trainable([module]) else still).append(job)
+                (jobs if trainable([module]) and not is_exact(p.spec) else still).append(job)
                 bar.advance()
         return jobs, still
 
@@ -159,6 +171,10 @@ def parts(kept: Sequence[Keyed], room: int) -> list[list[Keyed]]:
         found[-1] += mine
         free -= size
     return found
+
+
+def _weights(module: fx.GraphModule) -> WeightMap:
+    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
 
 
 def _outdone_by(rival: str) -> str:

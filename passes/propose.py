@@ -44,17 +44,16 @@ class Propose:
         skipped: list[tuple[str, str, str]] = []
         for region in state.match.regions:
             made, dropped = self._region(region, ctx)
-            if ctx.data is not None:
-                derived, refused = self._derived(region, origin_of(state.network, state.match, region))
-                made, dropped = made + derived, dropped + refused
-            proposals += made
-            skipped += dropped
+            origin = origin_of(state.network, state.match, region)
+            derived, refused = self._derived(region, origin, exact_only=ctx.data is None)
+            proposals += made + derived
+            skipped += dropped + refused
         ctx.reporter.event("propose", proposals=len(proposals), skipped=len(skipped))
         return replace(state, proposals=tuple(proposals), skipped=tuple(skipped))
 
     def _region(self, region: Region, ctx: Context) -> tuple[list[Proposal], list[tuple[str, str, str]]]:
         if ctx.data is None:
-            # without data only zero-error forms are allowed: the normalized region itself
+            # without data only zero-error forms are allowed: the normalized region itself, and rewrites of it
             return [], [(region.name, "*", "needs --data: candidates must be distilled")]
         signature = Signature.of(region)
         by_family: dict[str, list[Proposal]] = {}
@@ -82,11 +81,15 @@ class Propose:
         return kept, skipped
 
     @staticmethod
-    def _derived(region: Region, origin: Origin) -> tuple[list[Proposal], list[tuple[str, str, str]]]:
+    def _derived(
+        region: Region, origin: Origin, *, exact_only: bool
+    ) -> tuple[list[Proposal], list[tuple[str, str, str]]]:
         """Candidates made from the teacher's own weights: few, so all of them are measured."""
         signature = Signature.of(region)
         made, skipped = [], []
         for family in DERIVED.values():
+            if exact_only and not family.exact:
+                continue
             for spec in family.grid():
                 reason = family.reject_origin(spec, signature, origin)
                 macs, params = family.size(spec, signature, origin) if not reason else (0, 0)

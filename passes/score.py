@@ -63,14 +63,10 @@ class Score:
     def call(self, state: State, ctx: Context) -> State:
         """Score what the store does not hold; the teacher's own operation in FP32 scores 0."""
         assert state.match is not None and state.costs is not None and state.weights is not None
-        teacher = [
-            ScoreRow(
-                r.name, "teacher", "fp32", 0.0, 0.0, 0.0 if ctx.data is None or ctx.data.labelled else None, 1.0, 0.0
-            )
-            for r in state.match.regions
-        ]
+        teacher = [_perfect(r.name, "teacher", ctx.data) for r in state.match.regions]
         if ctx.data is None:
-            return replace(state, scores=tuple(teacher))
+            exact = [_perfect(region, candidate, None) for region, candidate in state.weights]
+            return replace(state, scores=tuple(teacher + exact))
         rows, entries = self._entries(state, ctx)
         if entries:
             rows += self._score(state, ctx, ctx.data, entries)
@@ -208,6 +204,11 @@ class Score:
             mse if math.isfinite(mse) else 1e9,
             dropped,
         )
+
+
+def _perfect(region: str, candidate: str, data: Dataset | None) -> ScoreRow:
+    """The row of what computes exactly what the teacher does."""
+    return ScoreRow(region, candidate, "fp32", 0.0, 0.0, 0.0 if data is None or data.labelled else None, 1.0, 0.0)
 
 
 def _content(weights: WeightMap) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hantc.core.types import CostTable, Region
-from hantc.ops.registry import DERIVED
+from hantc.ops.registry import DERIVED, is_exact
 from hantc.passes.state import Proposal
 
 _MIN_GAIN = 0.92  # a candidate must cost at most this share of the teacher's operation to be trained
@@ -40,7 +40,7 @@ def shortlist(
             skipped.append(
                 (p.region, p.spec.name, "*", f"not faster: {best:.3f} ms against the teacher's {bar:.3f} ms")
             )
-        elif p.spec.family == "identity":
+        elif p.spec.family == "identity" or is_exact(p.spec):
             kept.append(p)
         else:
             rivals.setdefault((p.region, p.spec.family in DERIVED), []).append((best / teacher["fp32"], p))

@@ -13,6 +13,7 @@ from hantc.dialect.leaf import Leaf, OnnxNode
 from hantc.dialect.linear import Linear, MatMul
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.pool import GlobalPool, Pool, Reduce
+from hantc.dialect.rearrange import DepthToSpace, SpaceToDepth
 from hantc.dialect.shape import Cast, Concat, Flatten, Pad, Reshape, Slice, Squeeze, Transpose
 
 _FAMILIES: tuple[type[Leaf], ...] = (
@@ -20,6 +21,7 @@ _FAMILIES: tuple[type[Leaf], ...] = (
     Unary, Clip, HardSigmoid, HardSwish, LeakyRelu, Softmax,
     Pool, GlobalPool, Reduce,
     Reshape, Flatten, Transpose, Squeeze, Pad, Slice, Concat, Cast,
+    SpaceToDepth, DepthToSpace,
 )  # fmt: skip
 
 LEAVES: Mapping[str, type[Leaf]] = MappingProxyType({op: family for family in _FAMILIES for op in family.ops})

@@ -40,6 +40,9 @@ class DerivedFamily(Family):
     thrown off by large steps. On nine regions of a CIFAR ResNet-56, 120 steps: `slim` ended at 0.0019 to 0.0221
     of the variance at 1/3 and 0.0019 to 0.0233 at 1; `merged` at 0.022 to 0.086 and 0.019 to 0.081."""
 
+    exact: ClassVar[bool] = False
+    """Whether the candidate computes what the region does: it is not trained, and needs no data."""
+
     @abstractmethod
     def derive(self, spec: CandidateSpec, origin: Origin) -> fx.GraphModule:
         """A graph of its own, (N, *in_shape) → (N, *out_shape); its shapes depend on `spec` and on the origin's

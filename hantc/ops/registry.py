@@ -30,11 +30,13 @@ from hantc.ops.lambda_layer import LambdaLayer
 from hantc.ops.low_rank import LowRank
 from hantc.ops.merged import Merged
 from hantc.ops.repvgg import RepVGG
+from hantc.ops.s2d import S2D
 from hantc.ops.slim import Slim
+from hantc.ops.teacher_s2d import TeacherS2D
 from hantc.ops.tresnet import TResNet
 from hantc.ops.vit import ViT
 
-__all__ = ["DERIVED", "FAMILIES", "GROUP", "Family", "Origin", "build", "estimate", "families", "get_family", "propose"]
+__all__ = ["DERIVED", "FAMILIES", "GROUP", "Family", "Origin", "build", "estimate", "families", "get_family", "is_exact", "propose"]
 
 GROUP = "hantc.candidates"
 
@@ -48,6 +50,7 @@ _BUILTIN: tuple[Family, ...] = (
     EFN(),
     EFNV2(),
     TResNet(),
+    S2D(),
     DenseConv(),
     ViT(),
     BotTrans(),
@@ -58,7 +61,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for famil
 """The built-in families, by name."""
 
 DERIVED: Mapping[str, DerivedFamily] = MappingProxyType(
-    {family.name: family for family in (Slim(), LowRank(), Affine(), Merged())}
+    {family.name: family for family in (TeacherS2D(), Slim(), LowRank(), Affine(), Merged())}
 )
 """The families that start from the teacher's own weights, by name."""
 
@@ -89,6 +92,11 @@ def get_family(name: str, *, among: Mapping[str, Family] | None = None) -> Famil
     if name not in known:
         raise UsageError(f"unknown candidate family {name!r}", hint="one of: " + ", ".join(known))
     return known[name]
+
+
+def is_exact(spec: CandidateSpec) -> bool:
+    """Whether the candidate computes what its region does."""
+    return spec.family in DERIVED and DERIVED[spec.family].exact
 
 
 def propose(signature: Signature, *, among: Mapping[str, Family] | None = None) -> list[CandidateSpec]:

@@ -37,12 +37,13 @@ SPECS = (
     CandidateSpec.make("efnv2", e=3, k=3, se=0.25),
     CandidateSpec.make("tresnet", block="basic", w=0.5, se=0.25),
     CandidateSpec.make("tresnet", block="bottle", w=1.0, se=0.0),
+    CandidateSpec.make("s2d", k=3),
     CandidateSpec.make("dense_conv", k=3, w=1.0),
     CandidateSpec.make("vit", depth=2, dim=32, heads=4),
     CandidateSpec.make("bot_trans", e=0.5),
     CandidateSpec.make("lambda", e=1.0),
 )
-BRANCHED = {"repvgg", "vit", "bot_trans", "dense_conv"}  # with sums of their own, or none at all
+BRANCHED = {"repvgg", "vit", "bot_trans", "dense_conv", "s2d"}  # with sums of their own, or none at all
 SIGNATURES = (
     Signature((8, 8, 8), (8, 8, 8), "relu"),
     Signature((8, 8, 8), (16, 4, 4), "silu"),
@@ -73,7 +74,7 @@ def _built(spec: CandidateSpec, signature: Signature) -> torch.fx.GraphModule:
 
 
 def test_most_pairs_fit() -> None:
-    everywhere = [s for s in SPECS if s.family != "dense_conv"]
+    everywhere = [s for s in SPECS if s.family not in ("dense_conv", "s2d")]
     assert len(PAIRS) >= 0.8 * len(everywhere) * len(SIGNATURES)
 
 
@@ -121,15 +122,15 @@ def test_formula_equals_counting_for_every_spec(signature: Signature) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 @pytest.mark.parametrize("final", ["relu", "relu6", "sigmoid"])
 def test_final_activation(spec: CandidateSpec, final: str) -> None:
-    grown = 24 if spec.family == "dense_conv" else 8
-    signature = Signature((8, 16, 16), (grown, 16, 16), final)
+    out = {"dense_conv": (24, 16, 16), "s2d": (8, 8, 8)}.get(spec.family, (8, 16, 16))
+    signature = Signature((8, 16, 16), out, final)
     y = _built(spec, signature)(10 * torch.randn(2, 8, 16, 16))
     if spec.family == "identity" and final == "sigmoid":
         assert y.min() < -1  # applying it twice would not be the identity
         return
     assert y.min() >= 0
     assert y.max() <= {"relu": float("inf"), "relu6": 6, "sigmoid": 1}[final]
-    plain = _built(spec, Signature((8, 16, 16), (grown, 16, 16)))(10 * torch.randn(2, 8, 16, 16))
+    plain = _built(spec, Signature((8, 16, 16), out))(10 * torch.randn(2, 8, 16, 16))
     assert plain.min() < 0
 
 
@@ -183,6 +184,18 @@ def test_dense_conv_keeps_its_input() -> None:
     module = _built(CandidateSpec.make("dense_conv", k=3, w=1.0), Signature((8, 6, 6), (20, 6, 6)))
     x = torch.randn(2, 8, 6, 6)
     assert torch.equal(module(x)[:, :8], x)
+
+
+def test_s2d_reads_blocks_at_the_low_resolution() -> None:
+    (conv,) = _convs(CandidateSpec.make("s2d", k=3), Signature((3, 32, 32), (16, 8, 8), "relu"))
+    assert tuple(conv.weight.shape) == (16, 48, 3, 3) and conv.stride == (1, 1)
+    for signature, why in (
+        (Signature((3, 33, 33), (16, 17, 17)), "blocks"),
+        (Signature((3, 32, 16), (16, 16, 16)), "blocks"),
+        (Signature((32, 32, 32), (32, 16, 16)), "stems"),
+        (Signature((3, 32, 32), (16, 32, 32)), "resolution stays"),
+    ):
+        assert why in FAMILIES["s2d"].reject(CandidateSpec.make("s2d", k=1), signature)
 
 
 def test_cb_stack_structure() -> None:
