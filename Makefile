@@ -14,7 +14,7 @@ venv: $(STAMP)  ## make .venv and install hantc into it, editable
 # The stamp is written last, so that a broken-off installation is done again.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,demo,openvino]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,demo,openvino,tensorrt]'
 	@touch $@
 
 demo: $(STAMP)  ## compile the demo's digit classifier for this machine

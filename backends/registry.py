@@ -19,6 +19,7 @@ BUILTIN: Mapping[str, str] = MappingProxyType(
         "onnxruntime": "hantc.backends.onnxruntime.backend:OnnxRuntimeBackend",
         "openvino": "hantc.backends.openvino.backend:OpenVinoBackend",
         "roofline": "hantc.backends.roofline.backend:RooflineBackend",
+        "tensorrt": "hantc.backends.tensorrt.backend:TensorRTBackend",
     }
 )
 

@@ -10,14 +10,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from hantc.backends.prediction import Machine
 from hantc.backends.registry import get_backend
 from hantc.backends.roofline.backend import RooflineBackend
-from hantc.backends.roofline.model import Machine
+from hantc.backends.tensorrt.backend import TensorRTBackend
 from hantc.core.backend_api import Backend
 from hantc.core.errors import HantcError, UsageError
 
 GROUP = "hantc.targets"
 _SUFFIX = ".toml"
+_PREDICTING = (RooflineBackend.name, TensorRTBackend.name)
 
 
 class Target(BaseModel):
@@ -31,28 +33,36 @@ class Target(BaseModel):
     batch: PositiveInt = 1
     threads: PositiveInt | None = None  # None: physical cores
     description: str = ""
-    ceilings: Machine | None = None  # of the roofline backend
+    compute_capability: str | None = None  # of a GPU: "SM89"
+    ceilings: Machine | None = None  # of a machine whose latencies are predicted
 
     @field_validator("precisions")
     @classmethod
-    def _with_fp32(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "fp32" not in value:
-            raise ValueError("fp32 must be among them: every choice is weighed against the teacher in FP32")
+    def _with_one_float(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if sum(p in ("fp32", "fp16") for p in value) != 1:
+            raise ValueError("one of fp32 and fp16 must be among them: what is not quantised runs in it")
         return value
 
     def on(self, backend: str) -> Target:
-        """The same machine with another engine; ceilings are the roofline model's alone."""
-        kept = self.ceilings if backend == RooflineBackend.name else None
-        return self.model_copy(update={"backend": backend, "ceilings": kept})
+        """The same machine with another engine; ceilings are only for those that predict."""
+        kept = self.ceilings if backend in _PREDICTING else None
+        capability = self.compute_capability if backend == TensorRTBackend.name else None
+        return self.model_copy(update={"backend": backend, "ceilings": kept, "compute_capability": capability})
 
     def make_backend(self) -> Backend:
         """The backend that stands for it. UsageError if there is none of that name, or it takes no ceilings."""
-        if self.ceilings is None:
-            return get_backend(self.backend)
-        if self.backend != RooflineBackend.name:
+        where = f"--target {self.name}"
+        if self.compute_capability is not None and self.backend != TensorRTBackend.name:
+            raise UsageError("compute_capability is for the tensorrt backend alone", where=where, hint="leave it out")
+        if self.ceilings is not None and self.backend not in _PREDICTING:
             hint = f"{self.backend} knows its machine: leave [ceilings] out"
-            raise UsageError("ceilings are for the roofline backend alone", where=f"--target {self.name}", hint=hint)
-        return RooflineBackend(self.ceilings)
+            raise UsageError(f"ceilings are for {' and '.join(_PREDICTING)} alone", where=where, hint=hint)
+        if self.backend == TensorRTBackend.name:
+            if self.compute_capability is None or self.ceilings is None:
+                hint = "hantc targets --json shows l4, which has both"
+                raise UsageError("tensorrt needs compute_capability and [ceilings]", where=where, hint=hint)
+            return TensorRTBackend(self.compute_capability, self.ceilings)
+        return get_backend(self.backend) if self.ceilings is None else RooflineBackend(self.ceilings)
 
 
 def targets() -> dict[str, Target | HantcError]:

@@ -128,12 +128,19 @@ def cmd_compile(argv: Sequence[str]) -> int:
         console.print(summary_table(summary))
         for note in summary.notes:
             console.print(f"note: {note}", highlight=False, markup=False)
-        paths = f"model  {run.model_path}\nreport {run.report_path}"
+        engine = f"\nengine {run.folder / summary.engine['file']}" if summary.engine and summary.engine["file"] else ""
+        paths = f"model  {run.model_path}{engine}\nreport {run.report_path}"
         console.print(paths, highlight=False, markup=False, soft_wrap=True)
     if summary.status == "done":
         return DONE
-    missed = {"budget_missed": "the budget was missed", "drop_exceeded": "the allowed drop was exceeded"}
+    missed = {
+        "budget_missed": "the budget was missed",
+        "drop_exceeded": "the allowed drop was exceeded",
+        "engine_missing": "no engine could be built",
+    }
     advice = "--effort thorough searches longer" if summary.data else "--data lets regions be replaced"
+    if summary.status == "engine_missing":
+        advice = "a note says why"
     sys.stderr.write(f"hantc: {missed.get(summary.status, summary.status)}: see the table; {advice}\n")
     return MISSED
 

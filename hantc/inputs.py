@@ -190,14 +190,18 @@ def _check_model(info: ModelInfo, config: CompileConfig) -> None:
 
 def _precisions(config: CompileConfig, target: Target, capabilities: Capabilities, *, exact: bool) -> tuple[str, ...]:
     precisions = tuple(p for p in target.precisions if p in capabilities.precisions)
+    base = next((p for p in precisions if p != "int8"), None)
+    if base is None:
+        wanted, has = (", ".join(p) for p in (target.precisions, capabilities.precisions))
+        raise UsageError(f"target {target.name} is for {wanted}, the backend has {has}", where="--backend")
     if config.precision not in ("auto", *precisions):
         raise UsageError(
             f"target {target.name} has no {config.precision} here",
             where="--precision",
             hint="one of: auto, " + ", ".join(precisions),
         )
-    if config.precision == "fp32" or exact:  # rounding is no exact rewrite
-        return ("fp32",)
+    if config.precision == base or exact:  # rounding is no exact rewrite
+        return (base,)
     return precisions
 
 

@@ -16,6 +16,7 @@ from hantc.core.atomic import write_text
 from hantc.core.errors import HantcError
 from hantc.core.pass_api import Pass
 from hantc.passes.cost import Cost
+from hantc.passes.deploy import Deploy
 from hantc.passes.distill import Distill
 from hantc.passes.emit import Emit
 from hantc.passes.finetune import Finetune
@@ -50,6 +51,7 @@ COMPILE: Passes = (
     Finetune(),  # student -> student trained as a whole
     Emit(),  # student -> ONNX model
     Verify(),  # ONNX model -> summary
+    Deploy(),  # ONNX model -> the target's own file, where it has one
 )
 
 

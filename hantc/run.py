@@ -35,6 +35,7 @@ from hantc.pipeline import COMPILE, PROFILE, Passes, run_passes
 from hantc.report.html import write_report
 from hantc.report.summary import FILE_NAME, Summary, load
 
+_ENGINE = "model.engine"  # what GPU targets have beside model.onnx
 _OVER_BUDGET = 1.05  # measured over asked latency: more than the noise of two measurements
 SPEED_TOLERANCE, ACCURACY_TOLERANCE = 0.15, 0.2  # share; points: how far a verification may be off
 _EXACT = 1e-3  # relative output difference that a run without data may show
@@ -131,10 +132,17 @@ def _summary(state: State, ctx: Context, timings: Mapping[str, float]) -> Summar
             "effort": config.effort,
             "memory": {"limit_bytes": ctx.memory_limit, "peak_bytes": peak_memory()},
             "predicted": not ctx.capabilities.measures,
+            "engine": _engine(state),
             "options": _options(config),
             **facts,
         }
     )
+
+
+def _engine(state: State) -> dict[str, Any] | None:
+    if state.deployed is None:
+        return {"file": None, "reason": state.undeployed} if state.undeployed else None
+    return {"file": state.deployed.file, **state.deployed.facts}
 
 
 def _data_facts(data: Dataset) -> dict[str, Any]:
@@ -160,6 +168,8 @@ def _options(config: CompileConfig) -> dict[str, Any]:
 def _status(state: State, ctx: Context) -> str:
     facts: Any = state.summary
     budget, drop = ctx.config.budget, facts["accuracy_drop"]
+    if state.undeployed:
+        return "engine_missing"
     if budget is not None:
         allowed = budget.in_ms(facts["teacher"]["latency_ms"])
         if facts["student"]["latency_ms"] > _OVER_BUDGET * allowed:
@@ -176,9 +186,12 @@ def _write(state: State, ctx: Context, summary: Summary) -> None:
     and comes last but one; a run that is broken off before it leaves no model either."""
     assert state.emitted is not None and state.match is not None and state.costs is not None
     out = ctx.out
-    (out / FILE_NAME).unlink(missing_ok=True)
+    for name in (FILE_NAME, _ENGINE):
+        (out / name).unlink(missing_ok=True)
     try:
         write_bytes(out / "model.onnx", state.emitted.SerializeToString())
+        if state.deployed is not None:
+            write_bytes(out / state.deployed.file, state.deployed.data)
         write_json(out / "plan.json", state.plan)
         skipped = tuple((r, c, "*", why) for r, c, why in state.skipped)
         write_lut(
@@ -190,8 +203,8 @@ def _write(state: State, ctx: Context, summary: Summary) -> None:
         write_json(out / "history.json", {"finetune": [dict(h) for h in state.history]})
         summary.save(out)
     except BaseException:
-        (out / FILE_NAME).unlink(missing_ok=True)
-        (out / "model.onnx").unlink(missing_ok=True)
+        for name in (FILE_NAME, "model.onnx", _ENGINE):
+            (out / name).unlink(missing_ok=True)
         raise
     write_report(out)
 

@@ -14,6 +14,7 @@ from hantc.core.types import CandidateSpec, Choice, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
+from hantc.dialect.half import overflowing, to_fp16
 from hantc.dialect.qdq import MIN_OPSET, QuantSpec, quantize
 from hantc.passes.plug import origin_for, replace_regions, teacher_part, trained
 from hantc.passes.state import Context, State
@@ -89,6 +90,16 @@ def calibration_feeds(student: fx.GraphModule, data: Dataset, images: int, batch
         x, _ = data.train.batch(order[i : i + size])
         feeds.append({spec.name: x.numpy().astype(spec.dtype)})
     return feeds
+
+
+def deployable(model: ModelProto, ctx: Context, feeds: Sequence[Feeds]) -> ModelProto:
+    """The file as the target runs it: in FP16 where that is its precision, but for what `feeds` show to overflow."""
+    if ctx.base != "fp16":
+        return model
+    wide = overflowing(model, feeds) if feeds else ()
+    if wide:
+        ctx.note(f"stays in FP32, for FP16 would overflow: {', '.join(wide[:8])}{' …' if len(wide) > 8 else ''}")
+    return to_fp16(model, keep=wide)
 
 
 def to_onnx(student: fx.GraphModule, blueprint: Blueprint, ctx: Context, feeds: Sequence[Feeds]) -> ModelProto:

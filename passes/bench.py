@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
+from hantc.core.types import untouched
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
@@ -67,7 +68,7 @@ class Bench:
         """Mean divergence of a selection's student from the teacher."""
         assert self.state.match is not None
         picks = [(i.region, i.candidate, i.precision) for i in items]
-        parts = [(self.state.match.region(r), self.part(r, c, p)) for r, c, p in picks if (c, p) != ("teacher", "fp32")]
+        parts = [(self.state.match.region(r), self.part(r, c, p)) for r, c, p in picks if not untouched(c, p)]
         student = compose(self.network, parts)
         with torch.no_grad():
             out = first_output(student(self.x))

@@ -14,7 +14,7 @@ from onnx import ModelProto
 from hantc.core.errors import HantcError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Bar
-from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
+from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest, untouched
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
@@ -55,7 +55,7 @@ class Cost:
                 bar.advance(half)
                 rows += meter.rows(work, partial(_advance, bar, half))
         shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
-        mixed = "int8" in ctx.precisions and "fp32" in ctx.precisions
+        mixed = len(ctx.precisions) > 1
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
         glue, scale = self._glue(rows, state, teacher_ms)
         paces = [round(p, 3) for p in meter.pace]
@@ -88,9 +88,7 @@ class Cost:
         """What lies outside every region, and the factor from stand-alone to in-network latency."""
         assert state.match is not None
         atoms = {r.name for r in state.match.regions if len(r.atoms) == 1}
-        total = sum(
-            r.latency_ms for r in rows if r.region in atoms and r.candidate == "teacher" and r.precision == "fp32"
-        )
+        total = sum(r.latency_ms for r in rows if r.region in atoms and untouched(r.candidate, r.precision))
         floor = 0.02 * teacher_ms
         if total <= 0 or teacher_ms - total >= floor:
             return max(teacher_ms - total, floor), 1.0
@@ -121,7 +119,7 @@ class Cost:
         work = []
         for precision in ctx.precisions:
             try:
-                timed = model if precision == "fp32" else quantize_for_timing(model, _quant(ctx))
+                timed = quantize_for_timing(model, _quant(ctx)) if precision == "int8" else model
             except HantcError as error:
                 ctx.note(f"{region.name} stays in FP32: {error.message}")
                 continue
@@ -167,17 +165,17 @@ class Cost:
     def _models(
         ctx: Context, spec: CandidateSpec, signature: Signature, origin: Origin | None
     ) -> dict[str, ModelProto]:
-        """The candidate as it will run: norms folded, in FP32 and in INT8 (unless it cannot be)."""
+        """The candidate as it will run: norms folded, as floats and in INT8 (unless it cannot be)."""
         torch.manual_seed(ctx.config.seed)
         folded, _, _ = normalize(build(spec, signature, origin=origin).eval())
-        fp32 = emit(folded).model
+        plain = emit(folded).model
         if "int8" not in ctx.precisions or spec.family == "identity":
-            return {"fp32": fp32}
+            return {ctx.base: plain}
         try:
-            return {"fp32": fp32, "int8": quantize_for_timing(fp32, _quant(ctx))}
+            return {ctx.base: plain, "int8": quantize_for_timing(plain, _quant(ctx))}
         except HantcError as error:
             ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
-            return {"fp32": fp32}
+            return {ctx.base: plain}
 
 
 def _advance(bar: Bar, units: float, share: float) -> None:

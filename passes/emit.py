@@ -1,11 +1,11 @@
-"""Emit: student -> one ONNX model, INT8 regions as QDQ."""
+"""Emit: student -> one ONNX model, INT8 regions as QDQ, in FP16 where that is the target's precision."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import ClassVar
 
-from hantc.passes.assemble import Blueprint, calibration_feeds, to_onnx
+from hantc.passes.assemble import Blueprint, calibration_feeds, deployable, to_onnx
 from hantc.passes.state import Context, State
 
 _IMAGES = 256
@@ -22,5 +22,6 @@ class Emit:
         """Write the graph; the file itself is put in place by the pipeline, once verified."""
         assert state.student is not None and state.plan is not None
         blueprint = Blueprint.of(state.plan.choices)
-        feeds = calibration_feeds(state.student, ctx.data, _IMAGES, 32) if ctx.data and blueprint.int8 else []
-        return replace(state, emitted=to_onnx(state.student, blueprint, ctx, feeds))
+        needed = bool(blueprint.int8) or ctx.base == "fp16"
+        feeds = calibration_feeds(state.student, ctx.data, _IMAGES, 32) if ctx.data and needed else []
+        return replace(state, emitted=deployable(to_onnx(state.student, blueprint, ctx, feeds), ctx, feeds))

@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto, helper
 from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import HantcError
 from hantc.core.types import CostRow, Protocol, Shape, Timing, digest
+from hantc.dialect.half import to_fp16
 from hantc.dialect.replicate import replicate
 from hantc.passes.state import Context
 
@@ -116,6 +117,7 @@ class Meter:
         return self._measure([self._build(m) for m in models], protocol or self.protocol)
 
     def _build(self, model: ModelProto) -> Artefact:
+        model = to_fp16(model) if self.ctx.base == "fp16" else model
         return self.ctx.backend.build(model, self.build_spec)
 
     def _measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:

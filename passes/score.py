@@ -63,9 +63,9 @@ class Score:
     def call(self, state: State, ctx: Context) -> State:
         """Score what the store does not hold; the teacher's own operation in FP32 scores 0."""
         assert state.match is not None and state.costs is not None and state.weights is not None
-        teacher = [_perfect(r.name, "teacher", ctx.data) for r in state.match.regions]
+        teacher = [_perfect(r.name, "teacher", ctx) for r in state.match.regions]
         if ctx.data is None:
-            exact = [_perfect(region, candidate, None) for region, candidate in state.weights]
+            exact = [_perfect(region, candidate, ctx) for region, candidate in state.weights]
             return replace(state, scores=tuple(teacher + exact))
         rows, entries = self._entries(state, ctx)
         if entries:
@@ -108,7 +108,7 @@ class Score:
     def _cheaper(costs: Mapping[tuple[str, str, str], CostRow], region: str, candidate: str) -> str:
         """The precision to score a candidate in: the other one is dearer, and not better by enough to matter."""
         times = {p: row.latency_ms for (r, c, p), row in costs.items() if (r, c) == (region, candidate)}
-        return min(times, key=lambda p: times[p], default="fp32")
+        return min(times, key=lambda p: times[p], default="")
 
     @staticmethod
     def _key(state: State, ctx: Context, region: Region, proposal: Proposal | None, precision: str) -> str:
@@ -206,9 +206,10 @@ class Score:
         )
 
 
-def _perfect(region: str, candidate: str, data: Dataset | None) -> ScoreRow:
+def _perfect(region: str, candidate: str, ctx: Context) -> ScoreRow:
     """The row of what computes exactly what the teacher does."""
-    return ScoreRow(region, candidate, "fp32", 0.0, 0.0, 0.0 if data is None or data.labelled else None, 1.0, 0.0)
+    drop = 0.0 if ctx.data is None or ctx.data.labelled else None
+    return ScoreRow(region, candidate, ctx.base, 0.0, 0.0, drop, 1.0, 0.0)
 
 
 def _content(weights: WeightMap) -> str:

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto
 
 from hantc.core.errors import BudgetError
-from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, Protocol, digest
+from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, Protocol, digest, untouched
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import observing
@@ -163,12 +163,12 @@ class Select:
         costs, scale = state.costs.by_key(), state.costs.scale
         choices = []
         for r in (r for r in state.match.regions if len(r.atoms) == 1):
-            own = costs[r.name, "teacher", "fp32"].latency_ms
-            offers = [(costs[r.name, c, "fp32"].latency_ms, c) for name, c in state.weights if name == r.name]
+            own = costs[r.name, "teacher", ctx.base].latency_ms
+            offers = [(costs[r.name, c, ctx.base].latency_ms, c) for name, c in state.weights if name == r.name]
             cost, candidate = min(offers, default=(own, "teacher"))
             if cost > _CLEARLY * own:
                 cost, candidate = own, "teacher"
-            choices.append(Choice(r.name, r.kind, candidate, "fp32", 0.0, scale * cost, scale * own))
+            choices.append(Choice(r.name, r.kind, candidate, ctx.base, 0.0, scale * cost, scale * own))
         saved = sum(c.teacher_cost_ms - c.cost_ms for c in choices)
         budget = wanted_ms(state.costs, ctx) if ctx.config.budget else state.costs.teacher_ms
         method = {"method": "exact rewrites only (no --data)"}
@@ -313,7 +313,7 @@ def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
         teacher = sum(
             o.cost
             for o in problem.items
-            if o.atoms <= item.atoms and len(o.atoms) == 1 and (o.candidate, o.precision) == ("teacher", "fp32")
+            if o.atoms <= item.atoms and len(o.atoms) == 1 and untouched(o.candidate, o.precision)
         )
         choices.append(
             Choice(

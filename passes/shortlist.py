@@ -34,6 +34,7 @@ def shortlist(
     rivals: dict[tuple[str, bool], list[tuple[float, Proposal]]] = {}
     for p in proposals:
         teacher = rows[p.region, "teacher"]
+        base = next(precision for precision in teacher if precision != "int8")
         best = min(rows.get((p.region, p.spec.name), {"": math.inf}).values())
         bar = min(teacher.values())
         if best > _MIN_GAIN * bar:
@@ -43,7 +44,7 @@ def shortlist(
         elif p.spec.family == "identity" or is_exact(p.spec):
             kept.append(p)
         else:
-            rivals.setdefault((p.region, p.spec.family in DERIVED), []).append((best / teacher["fp32"], p))
+            rivals.setdefault((p.region, p.spec.family in DERIVED), []).append((best / teacher[base], p))
     for (name, derived), options in rivals.items():
         if whole and len(regions[name].atoms) == 1:
             kept += [p for _, p in options]

@@ -10,7 +10,7 @@ from pathlib import Path
 from onnx import ModelProto
 from torch import Tensor, fx
 
-from hantc.core.backend_api import Backend, Capabilities
+from hantc.core.backend_api import Backend, Capabilities, Deployed
 from hantc.core.config import CompileConfig, EffortSettings
 from hantc.core.memory import total_memory
 from hantc.core.progress import Reporter
@@ -65,6 +65,8 @@ class State:
     student: fx.GraphModule | None = None
     history: tuple[Mapping[str, float], ...] = ()  # fine-tuning: one record per evaluation
     emitted: ModelProto | None = None
+    deployed: Deployed | None = None  # the target's own file, where there is one
+    undeployed: str = ""  # why it could not be made
     summary: Mapping[str, object] | None = None
 
 
@@ -106,6 +108,11 @@ class Context:
     rivals: tuple[Backend, ...] = ()  # other engines that can be timed on this machine
     target: Mapping[str, object] = field(default_factory=dict)  # the target's definition, as its file has it
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> str:
+        """The floating-point precision of all that is not quantised: fp32, on GPUs fp16."""
+        return next(p for p in self.precisions if p != "int8")
 
     @property
     def memory_limit(self) -> int:

@@ -22,7 +22,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import count_macs, shapes_of
 from hantc.dialect.importer import import_model, model_info
 from hantc.dialect.qdq import QuantSpec, quantize_whole
-from hantc.passes.assemble import calibration_feeds
+from hantc.passes.assemble import calibration_feeds, deployable
 from hantc.passes.state import Context, State
 
 _VERSION = 7
@@ -64,17 +64,18 @@ class Verify:
         )
         stored = ctx.store.get_json("verify", key)
         if stored is not None:
-            emitted = state.model if stored["kept_original"] else state.emitted
+            emitted = self._teachers(state, ctx)[0] if stored["kept_original"] else state.emitted
             _tell(stored, ctx)
             return replace(state, summary=stored, emitted=emitted)
         baseline, reason = self._baseline(state, ctx)
-        networks = [state.model, state.emitted] + ([baseline] if baseline is not None else [])
+        teacher, clock_model = self._teachers(state, ctx)
+        networks = [teacher, state.emitted] + ([baseline] if baseline is not None else [])
         # the table's clock is the normalized network's latency: timing it again shows the machine's drift
-        *timings, clock = self._time([*networks, emit(state.network).model], ctx)
+        *timings, clock = self._time([*networks, clock_model], ctx)
         emitted, kept_original = state.emitted, False
         if ctx.data is None and timings[1].median_ms > timings[0].median_ms * _NOISE:
             # nothing was gained and something lost: the user's own file is the better answer
-            emitted, kept_original = state.model, True
+            emitted, kept_original = teacher, True
             timings[1] = timings[0]
         facts = self._facts(state, ctx, [networks[0], emitted, *networks[2:]], timings, clock.median_ms)
         facts |= {"baseline_int8_reason": reason, "kept_original": kept_original}
@@ -84,6 +85,14 @@ class Verify:
         if ctx.capabilities.measures:
             ctx.store.put_json("verify", key, facts)
         return replace(state, summary=facts, emitted=emitted)
+
+    @staticmethod
+    def _teachers(state: State, ctx: Context) -> tuple[ModelProto, ModelProto]:
+        """The teacher and the normalized network as the target runs them."""
+        assert state.network is not None
+        half = ctx.base == "fp16" and ctx.data is not None
+        feeds = calibration_feeds(state.network, ctx.data, 64, 16) if half and ctx.data is not None else []
+        return deployable(state.model, ctx, feeds), deployable(emit(state.network).model, ctx, feeds)
 
     @staticmethod
     def _baseline(state: State, ctx: Context) -> tuple[ModelProto | None, str | None]:

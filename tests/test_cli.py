@@ -38,7 +38,7 @@ STAGES = [
     "redistil",
     "finetune",
 ]
-STAGES += ["emit", "verify"]
+STAGES += ["emit", "verify", "deploy"]
 OPTIONS = {
     *("--target", "--data", "--val", "--preprocess", "--budget", "--max-drop", "--effort", "--time-limit"),
     *("--precision", "--threads", "--batch", "--lut", "--out", "--resume", "--seed", "--json"),

@@ -84,6 +84,8 @@ def test_command(
     heavy = words[0] not in COMMANDS
     if "openvino" in words and not available()["openvino"].available:
         pytest.skip("OpenVINO is not installed")
+    if "l4" in words and not available()["tensorrt"].available:
+        pytest.skip("tensorrt_rtx is not installed")
     if words[0] == "profile":
         words += ["--effort", "quick", "--threads", "1"]
     if "imagenet" in words:  # the tiny teacher was not trained on such pixels

@@ -49,6 +49,15 @@ class Artefact:
     size_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """What a backend makes of a finished network for its device: a file's content, and facts for the summary."""
+
+    data: bytes
+    file: str  # its name in the run folder
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Backend(Protocol):
     """An inference engine on a device."""
@@ -73,4 +82,13 @@ class Backend(Protocol):
 
     def run(self, artefact: Artefact, feeds: Feeds) -> list[np.ndarray[Any, Any]]:
         """Run once; outputs in the graph's order."""
+        ...
+
+
+@runtime_checkable
+class Deployer(Protocol):
+    """A backend that has a format of its own for finished networks, beside ONNX."""
+
+    def deploy(self, model: onnx.ModelProto, spec: BuildSpec) -> Deployed:
+        """The network as its device loads it, for batches of up to `spec.batch`. HantcError if it cannot be made."""
         ...

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hantc.core.atomic import to_jsonable, write_json
 from hantc.core.errors import UsageError
-from hantc.core.types import CostTable, Device, Region, digest
+from hantc.core.types import CostTable, Device, Region, digest, untouched
 
 SCHEMA_VERSION = 1
 _MEASURE = "measure here: hantc profile MODEL --target TARGET [--backend B] --lut FILE"
@@ -45,7 +45,7 @@ class Lut:
         """UsageError unless every region has its teacher's row, of the same size."""
         rows = self.table.by_key()
         for region in regions:
-            row = rows.get((region.name, "teacher", "fp32"))
+            row = next((r for (name, c, p), r in rows.items() if name == region.name and untouched(c, p)), None)
             if row is None or (row.macs, row.params) != (region.macs, region.params):
                 flaw = "no row" if row is None else "a row of another size"
                 raise UsageError(

@@ -223,6 +223,11 @@ class ScoreRow:
     dropped: str = ""  # reason, if the candidate is out
 
 
+def untouched(candidate: str, precision: str) -> bool:
+    """Whether a choice leaves a region as the teacher has it: its own operation, not quantised."""
+    return candidate == "teacher" and precision != "int8"
+
+
 @dataclass(frozen=True)
 class Choice:
     """What the plan does with one region."""
@@ -235,6 +240,11 @@ class Choice:
     cost_ms: float
     teacher_cost_ms: float
     runner_up: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the region stays as the teacher has it."""
+        return untouched(self.candidate, self.precision)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hantc.core.atomic import write_bytes
-from hantc.core.types import ModelInfo
+from hantc.core.types import ModelInfo, untouched
 from hantc.dialect.emitter import emit
 from hantc.run import Run, compile
 
@@ -39,5 +39,5 @@ class HantPass(PassBase):
             self.run = compile(path, out=self.out, **self.options)
         else:
             self.run = compile(graph_module, example_input=self.example_input, out=self.out, **self.options)
-        changed = any(c.candidate != "teacher" or c.precision != "fp32" for c in self.run.summary.choices)
+        changed = any(not untouched(c.candidate, c.precision) for c in self.run.summary.choices)
         return PassResult(self.run.student, changed)

@@ -36,7 +36,19 @@ from hantc.ops.teacher_s2d import TeacherS2D
 from hantc.ops.tresnet import TResNet
 from hantc.ops.vit import ViT
 
-__all__ = ["DERIVED", "FAMILIES", "GROUP", "Family", "Origin", "build", "estimate", "families", "get_family", "is_exact", "propose"]
+__all__ = [
+    "DERIVED",
+    "FAMILIES",
+    "GROUP",
+    "Family",
+    "Origin",
+    "build",
+    "estimate",
+    "families",
+    "get_family",
+    "is_exact",
+    "propose",
+]
 
 GROUP = "hantc.candidates"
 

@@ -71,7 +71,7 @@ def change(choice: ChoiceRow) -> str:
         return "replaced"
     if not is_kept(choice.candidate):
         return "exact rewrite"
-    return "kept" if choice.precision == "fp32" else "lower precision"
+    return "lower precision" if choice.precision == "int8" else "kept"
 
 
 def limits(run: RunRecords) -> list[str]:

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hantc.core.atomic import write_text
+from hantc.core.types import untouched
 from hantc.report import charts, facts, svg
 from hantc.report import text as fmt
 from hantc.report.charts import Point
@@ -220,9 +221,10 @@ def _with_teachers(
 ) -> dict[str, list[Point]]:
     """Add the teacher's own operation, whose score is 0 by definition, where no row says so."""
     picked = {c.region: c for c in run.summary.choices}
+    base = next((r.precision for r in run.scores if untouched(r.candidate, r.precision)), "fp32")
     for name, points in found.items():
         if name in teachers and not any(fmt.is_kept(p.candidate) for p in points):
             choice = picked.get(name)
-            chosen = choice is not None and fmt.is_kept(choice.candidate) and choice.precision == "fp32"
-            points.append(Point("teacher", "teacher", "fp32", 1.0, teachers[name], 0.0, chosen, False))
+            chosen = choice is not None and untouched(choice.candidate, choice.precision)
+            points.append(Point("teacher", "teacher", base, 1.0, teachers[name], 0.0, chosen, False))
     return dict(found)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hantc.core.errors import HantcError
+from hantc.core.types import untouched
 from hantc.search.ilp import solve
 from hantc.search.problem import Problem, Solution
 
@@ -42,7 +43,7 @@ class _Posterior:
         """Around the scores, the wider the larger the score; what scores nothing alone may still hurt."""
         scores = np.array([i.score for i in problem.items])
         floor = float(np.median(scores[scores > 0])) if (scores > 0).any() else 1e-3
-        free = np.array([i.candidate == "teacher" and i.precision == "fp32" for i in problem.items])
+        free = np.array([untouched(i.candidate, i.precision) for i in problem.items])
         spread = np.where(free, 1e-9, scores + floor)
         return cls(scores.copy(), np.diag(spread**2))
 

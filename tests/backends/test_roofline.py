@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from hantc.backends.prediction import Machine, predict
 from hantc.backends.roofline.backend import RooflineBackend
-from hantc.backends.roofline.model import Machine, predict
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import ModelError
 from hantc.dialect.conv import Conv

@@ -10,6 +10,7 @@ import pytest
 from hantc.backends import registry, targets
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.backends.targets import Target, get_target
+from hantc.backends.tensorrt.backend import TensorRTBackend
 from hantc.core.errors import HantcError, UsageError
 from hantc.report.doctor import targets_data, targets_table
 
@@ -22,17 +23,37 @@ threads = 4
 name = "my board"
 peak_fp32 = 5e9
 """
+GPUS = {"t4": "SM75", "a100": "SM80", "rtx30": "SM86", "l4": "SM89", "rtx50": "SM120", "h100": "SM90"}
 THEIRS = Target(name="x", backend="roofline", precisions=("fp32",), description="theirs")
 
 
 def test_built_in_targets_name_backends_that_exist() -> None:
     found = targets.targets()
-    assert set(found) == {"cpu", "roofline", "xeon"}
+    assert set(found) == {"cpu", "roofline", "xeon", *GPUS}
     for name, target in found.items():
         assert isinstance(target, Target)
         assert target.name == name and target.description
         assert get_target(name) == target
-        assert set(target.precisions) <= set(registry.get_backend(target.backend).capabilities().precisions)
+        caps = registry.get_backend(target.backend).capabilities()
+        assert not caps.available or set(target.precisions) <= set(caps.precisions)
+
+
+@pytest.mark.parametrize(("name", "capability"), GPUS.items())
+def test_gpus(name: str, capability: str) -> None:
+    target = get_target(name)
+    assert (target.batch, target.precisions) == (128, ("fp16",))
+    made = target.make_backend()
+    assert isinstance(made, TensorRTBackend) and made.capability == capability
+    assert made.machine == target.ceilings and made.machine.peak_fp16 is not None
+    assert made.machine.peak_fp16 > made.machine.peak_fp32
+    if name == "l4":
+        assert made.machine == TensorRTBackend().machine
+
+
+def test_a_gpu_with_another_engine_is_another_machine() -> None:
+    other = get_target("l4").on("onnxruntime")
+    assert other.ceilings is None and other.compute_capability is None
+    other.make_backend()
 
 
 def test_the_built_in_ceilings_are_the_models_own() -> None:
@@ -44,7 +65,7 @@ def test_the_built_in_ceilings_are_the_models_own() -> None:
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(UsageError, match="'toaster'") as caught:
         get_target("toaster")
-    assert "cpu, roofline, xeon" in str(caught.value.hint)
+    assert "cpu, h100, l4" in str(caught.value.hint) and "roofline" in str(caught.value.hint)
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
@@ -61,11 +82,12 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ('backend = "roofline"\nprecisions = ["fp32", "fp16"]', "one of fp32 and fp16"),
         ("backend = ", "is not TOML"),
         ('precisions = ["fp32"]', "backend"),
         ('backend = "roofline"\nprecisions = ["fp3"]', "precisions.0"),
         ('backend = "roofline"\nprecisions = []', "precisions"),
-        ('backend = "roofline"\nprecisions = ["int8"]', "fp32 must be among them"),
+        ('backend = "roofline"\nprecisions = ["int8"]', "one of fp32 and fp16"),
         (MINE + "speed = 3", "ceilings.speed"),
         (MINE.replace("5e9", "-1"), "ceilings.peak_fp32"),
         (MINE.replace("= 8", "= 0"), "batch"),
@@ -90,7 +112,22 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
 def test_only_the_roofline_takes_ceilings(tmp_path: Path) -> None:
     file = tmp_path / "odd.toml"
     file.write_text(MINE.replace('"roofline"', '"onnxruntime"'))
-    with pytest.raises(UsageError, match="roofline backend alone"):
+    with pytest.raises(UsageError, match="ceilings are for roofline and tensorrt alone"):
+        get_target(str(file)).make_backend()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('backend = "tensorrt"\nprecisions = ["fp16"]', "needs compute_capability"),
+        ('backend = "tensorrt"\nprecisions = ["fp16"]\ncompute_capability = "SM89"', r"and \[ceilings\]"),
+        ('backend = "roofline"\nprecisions = ["fp32"]\ncompute_capability = "SM89"', "tensorrt backend alone"),
+    ],
+)
+def test_tensorrt_needs_to_know_its_gpu(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "gpu.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=told):
         get_target(str(file)).make_backend()
 
 

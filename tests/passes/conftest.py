@@ -15,8 +15,8 @@ from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
+from hantc.backends.prediction import Machine
 from hantc.backends.roofline.backend import RooflineBackend
-from hantc.backends.roofline.model import Machine
 from hantc.core.backend_api import Artefact, Backend
 from hantc.core.config import EFFORTS, CompileConfig
 from hantc.core.progress import Reporter

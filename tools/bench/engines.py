@@ -1,50 +1,60 @@
-"""The same files on two engines: ONNX Runtime and OpenVINO, batch 1, timed interleaved in one process.
+"""TensorRT engines built here, ahead of time, for GPUs that need not be here.
 
-    python tools/bench/engines.py TEACHER.onnx [RUN/model.onnx ...] [--threads N]
+    python tools/bench/engines.py MODEL.onnx [MODEL.onnx …] [--gpu SM75,SM80,SM86,SM89,SM120] [--batch 128]
 
-Prints a row for each file and engine, with the ratio to the first file in ONNX Runtime.
+Each model is converted to FP16 and built for each compute capability: a row each, with seconds, size, and the layers
+that do not compute in FP16, by name. Exit code 1 if an engine cannot be built or has such a layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 
-from hantc.backends.onnxruntime import backend as onnxruntime
-from hantc.backends.openvino import backend as openvino
-from hantc.backends.timing import measure_interleaved
-from hantc.core.backend_api import BuildSpec
-from hantc.core.types import Protocol
+from hantc.backends.tensorrt import engine
+from hantc.core.errors import HantcError
+from hantc.dialect.half import to_fp16
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     p.add_argument("models", nargs="+", metavar="MODEL")
-    ort, vino = onnxruntime.OnnxRuntimeBackend(), openvino.OpenVinoBackend()
-    p.add_argument("--threads", type=int, default=ort.capabilities().device.cores)
+    p.add_argument("--gpu", default="SM75,SM80,SM86,SM89,SM120")
+    p.add_argument("--batch", type=int, default=128)
     args = p.parse_args(argv)
-    here = vino.capabilities()
-    if not here.available:
-        print(f"engines.py: {here.reason}: OpenVINO's rows are left out", file=sys.stderr)
-    names, runs = [], []
+    if engine.version() is None:
+        print(f"engines.py: {engine.PACKAGE} is not installed: pip install {engine.PACKAGE}", file=sys.stderr)
+        return 2
+    print(f"{engine.PACKAGE} {engine.version()}, batch 1 to {args.batch}\n")
+    print("| model | GPU | to FP16 s | build s | MB | layers in FP16 | in FP32 |\n|---|---|---|---|---|---|---|")
+    bad = 0
     for path in args.models:
-        model, spec = onnx.load(path), BuildSpec(args.threads)
-        names.append((path, ort.name))
-        runs.append(onnxruntime.bound_run(ort.build(model, spec)))
-        if here.available:
-            names.append((path, vino.name))
-            runs.append(openvino.bound_run(vino.build(model, spec)))
-    timings = measure_interleaved(runs, Protocol(args.threads, warmup=5, samples=41, min_sample_ms=15.0))
-    print("| file | engine | ms | ratio |\n|---|---|---|---|")
-    for (path, engine), t in zip(names, timings, strict=True):
-        ratio = timings[0].median_ms / t.median_ms
-        print(f"| {Path(path).name} | {engine} | {t.median_ms:.3f} (IQR {t.iqr_ms:.3f}) | {ratio:.2f}× |")
-    return 0
+        started = time.monotonic()
+        half = to_fp16(onnx.load(path))
+        converted = time.monotonic() - started
+        for gpu in args.gpu.split(","):
+            name = Path(path).stem
+            try:
+                made = engine.build(half, gpu, args.batch)
+            except HantcError as error:
+                print(f"| {name} | {gpu} | {converted:.1f} | {error.message} | | | |", flush=True)
+                bad += 1
+                continue
+            wide = ", ".join(made.float32[:4]) or "none"
+            bad += bool(made.float32)
+            size = f"{len(made.data) / 1e6:.1f}"
+            print(
+                f"| {name} | {gpu} | {converted:.1f} | {made.seconds:.1f} | {size} | {made.layers.get('fp16', 0)} "
+                f"| {wide} |",
+                flush=True,
+            )
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Machine:
     name: str = "server core, AVX-512 VNNI"
     peak_fp32: PositiveFloat = 80e9  # FLOP/s per core (a multiply-add is two)
     peak_int8: PositiveFloat = 260e9
+    peak_fp16: PositiveFloat | None = None  # None: FP16 gains in bytes alone
     bandwidth: PositiveFloat = 20e9  # bytes/s per core; mid-size activations stay in cache
     bandwidth_max: PositiveFloat = 120e9  # bytes/s, all cores
     op_overhead_s: NonNegativeFloat = 3e-6
@@ -59,8 +60,10 @@ def predict(model: onnx.ModelProto, machine: Machine, batch: int, threads: int) 
         if graph.is_free(node):
             continue
         node_flops, node_bytes = graph.flops(node), graph.bytes_moved(node)
-        peak = (machine.peak_int8 if graph.in_int8(node) else machine.peak_fp32) * cores
-        seconds += max(node_flops / peak, node_bytes / bandwidth) + machine.op_overhead_s
+        peak = machine.peak_int8 if graph.in_int8(node) else machine.peak_fp32
+        if graph.in_fp16(node):
+            peak = machine.peak_fp16 or machine.peak_fp32
+        seconds += max(node_flops / (peak * cores), node_bytes / bandwidth) + machine.op_overhead_s
         flops, moved = flops + node_flops, moved + node_bytes
     return Prediction(max(seconds, machine.op_overhead_s) * 1e3, flops, moved, graph.peak_bytes())
 
@@ -108,6 +111,10 @@ class _Graph:
             return False
         readers = self.readers[node.output[0]]
         return node.op_type in _HEAVY or (bool(readers) and all(r.op_type == "QuantizeLinear" for r in readers))
+
+    def in_fp16(self, node: onnx.NodeProto) -> bool:
+        """A product of 16-bit numbers."""
+        return node.op_type in _HEAVY and all(self.width.get(i, 4) == 2 for i in node.input[:2])
 
     def is_free(self, node: onnx.NodeProto) -> bool:
         """Costs nothing: a view, a constant's conversion, or fused into a neighbour."""

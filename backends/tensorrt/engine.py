@@ -1,0 +1,146 @@
+"""TensorRT engines from ONNX files, ahead of time: the GPU is named, not used.
+
+Networks are strongly typed: every layer computes in the type that the file gives it, so that nothing falls back to
+FP32 silently, and what does is found before the build. NVIDIA's `tensorrt_rtx` (on PyPI) builds for a compute
+capability on a machine without a GPU; the full `tensorrt` cannot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import onnx
+
+from hantc.core.errors import HantcError, ModelError
+
+try:
+    import tensorrt_rtx as trt
+except ImportError:  # a missing library is an answer of capabilities()
+    trt = None
+
+PACKAGE = "tensorrt_rtx"
+_TYPES = MappingProxyType({"HALF": "fp16", "FLOAT": "fp32"})  # the others as TensorRT calls them
+_MOVING = frozenset({"CAST", "CONSTANT", "SHUFFLE", "IDENTITY"})  # compute nothing
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serialized engine. `layers`: how many of the network's layers make each type; `float32`: names of those that
+    compute in FP32; `messages`: what the builder said, warnings and errors."""
+
+    data: bytes
+    seconds: float
+    layers: Mapping[str, int] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A network definition, and what must live as long as it does."""
+
+    network: Any
+    builder: Any
+    parser: Any
+    log: Any
+
+
+def version() -> str | None:
+    """Of the package; None if it is not installed."""
+    return None if trt is None else str(trt.__version__)
+
+
+def known_capabilities() -> tuple[str, ...]:
+    """Compute capabilities that engines can be built for here: "SM75", …"""
+    if trt is None:
+        return ()
+    return tuple(sorted((n for n in dir(trt.ComputeCapability) if n.startswith("SM")), key=lambda n: int(n[2:])))
+
+
+def parse(model: onnx.ModelProto) -> _Parsed:
+    """The model as a strongly typed network. ModelError with the parser's reason if TensorRT does not take it."""
+    if trt is None:
+        raise HantcError(f"the package {PACKAGE} is not installed", hint=f"pip install {PACKAGE}")
+    log = _make_log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model.SerializeToString()) or not network.num_outputs:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        text = "; ".join(f"{e.desc()} (node {e.node_name() or e.node()})" for e in errors) or "it has no outputs"
+        raise ModelError(f"TensorRT does not take the model: {text}")
+    return _Parsed(network, builder, parser, log)
+
+
+def build(model: onnx.ModelProto, capability: str, batch: int) -> Engine:
+    """An engine for a GPU of `capability`, for batches of 1 to `batch` where the model's batch is free, tuned for
+    `batch`. HantcError with the builder's messages if it cannot be built."""
+    started = time.monotonic()
+    parsed = parse(model)
+    network, builder = parsed.network, parsed.builder
+    config = builder.create_builder_config()
+    if profile := _profile(network, builder, batch):
+        config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    if not config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0):
+        raise HantcError(f"{PACKAGE} does not build for {capability}")
+    layers, float32 = _types(network)
+    data = builder.build_serialized_network(network, config)
+    messages = tuple(dict.fromkeys(parsed.log.messages))
+    if data is None:
+        raise HantcError(f"TensorRT builds no engine for {capability}: {'; '.join(messages) or 'without a reason'}")
+    return Engine(bytes(data), time.monotonic() - started, MappingProxyType(layers), float32, messages)
+
+
+def _profile(network: Any, builder: Any, batch: int) -> Any:
+    """The batch sizes allowed, None where all inputs are fixed."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    free = [i for i in inputs if -1 in tuple(i.shape)]
+    if not free:
+        return None
+    profile = builder.create_optimization_profile()
+    for i in free:
+        shape = tuple(i.shape)
+        if -1 in shape[1:]:
+            raise ModelError(
+                f"input {i.name!r} has free sizes beside the batch: {shape}",
+                hint="export the model with a fixed resolution",
+            )
+        profile.set_shape(i.name, (1, *shape[1:]), (batch, *shape[1:]), (batch, *shape[1:]))
+    return profile
+
+
+def _types(network: Any) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Layers by the type that they make, and those that compute in FP32."""
+    count: Counter[str] = Counter()
+    float32 = []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if not layer.num_outputs:
+            continue
+        dtype = layer.get_output(0).dtype
+        count[_TYPES.get(dtype.name, dtype.name.lower())] += 1
+        if dtype == trt.float32 and layer.type.name not in _MOVING:
+            float32.append(layer.name)
+    return dict(count), tuple(float32)
+
+
+def _make_log() -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]  # tensorrt is untyped
+        """Keeps what the builder says instead of printing it."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            """Warnings and worse."""
+            if severity <= trt.ILogger.Severity.WARNING:
+                self.messages.append(msg.strip())
+
+    return Log()

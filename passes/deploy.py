@@ -1,0 +1,45 @@
+"""Deploy: emitted model -> the target's own file (an engine), where its backend has one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from hantc.core.backend_api import BuildSpec, Deployer
+from hantc.core.errors import HantcError
+from hantc.passes.state import Context, State
+
+_LISTED = 8  # layers named in a note; the summary has all
+
+
+class Deploy:
+    """Emitted model -> the file that the target's engine loads; without one the run is not as asked, but whole."""
+
+    name: ClassVar[str] = "deploy"
+    requires: ClassVar[tuple[str, ...]] = ("emitted",)
+    ensures: ClassVar[tuple[str, ...]] = ()
+
+    def call(self, state: State, ctx: Context) -> State:
+        """Build it; what goes wrong is told, and does not take the student with it."""
+        assert state.emitted is not None
+        if not isinstance(ctx.backend, Deployer):
+            return state
+        try:
+            with ctx.reporter.bar("building the engine", 1.0):
+                made = ctx.backend.deploy(state.emitted, BuildSpec(ctx.threads, ctx.config.batch))
+        except HantcError as error:
+            ctx.note(f"no engine: {error.message}")
+            return replace(state, undeployed=error.message)
+        facts = made.facts
+        ctx.reporter.event("deploy", **{k: v for k, v in facts.items() if k != "messages"})
+        wide = list(facts.get("float32_layers", ()))
+        types = "every layer in FP16"
+        if wide:
+            types = f"{len(wide)} layers in FP32: {', '.join(wide[:_LISTED])}{' …' if len(wide) > _LISTED else ''}"
+        ctx.note(
+            f"{made.file} was built for {facts['compute_capability']} by {facts['built_by']} in "
+            f"{facts['seconds']:.1f} s ({types}), and not run: no such GPU was used"
+        )
+        for message in facts.get("messages", ()):
+            ctx.note(f"the engine's builder says: {message}")
+        return replace(state, deployed=made)
