@@ -31,6 +31,7 @@ Commands:
   hantc regions MODEL              what can be replaced, and why the rest cannot
   hantc pool [--family F]          the candidate operations
   hantc profile MODEL --lut FILE   measure only, into a table for --lut
+  hantc lut show|merge|diff FILE   latency tables: what is in them, joined, compared
   hantc inspect RUN                a finished run's figures and choices
   hantc explain RUN REGION         one region's candidates, and why not taken
   hantc diff RUN_A RUN_B           what two runs chose differently
@@ -86,6 +87,11 @@ def compile_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("files")
     g.add_argument("--out", metavar="DIR", help="run folder; default MODEL.hantc/")
     g.add_argument("--lut", metavar="FILE", help="use this latency table (of hantc profile) instead of measuring")
+    g.add_argument(
+        "--foreign-lut",
+        action="store_true",
+        help="the --lut is of another machine, which is compiled for: its latencies count, nothing is timed here",
+    )
     store_option(g)
     g.add_argument("--store-limit", metavar="10G", help="the store's size after the run, at most; default 10G")
     g.add_argument(

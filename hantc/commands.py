@@ -178,6 +178,32 @@ def cmd_profile(argv: Sequence[str]) -> int:
     return DONE
 
 
+def cmd_lut(argv: Sequence[str]) -> int:
+    """`hantc lut show|merge|diff FILE ...`."""
+    p = make_parser("hantc lut", "Latency tables: what is in one, several joined into one, two compared.")
+    p.add_argument("action", choices=("show", "merge", "diff"), help="show FILE; merge FILE ... --out FILE; diff A B")
+    p.add_argument("files", nargs="+", metavar="FILE", help="tables of hantc profile, or the lut.json of a run")
+    p.add_argument("--out", metavar="FILE", help="where merge writes")
+    args = p.parse_args(argv)
+    from hantc.core.lut import compare, merge, read_lut, write_lut
+    from hantc.report.luts import diff_data, diff_table, lut_data, lut_table
+
+    wanted = {"show": (1, 1), "diff": (2, 2), "merge": (2, None)}[args.action]
+    if len(args.files) < wanted[0] or (wanted[1] and len(args.files) > wanted[1]):
+        count = f"{wanted[0]} or more" if wanted[1] is None else wanted[0]
+        raise UsageError(f"takes {count} files, was given {len(args.files)}", where=f"hantc lut {args.action}")
+    if (args.out is not None) != (args.action == "merge"):
+        raise UsageError("--out names the table that merge writes, and no other action has one", where="--out")
+    luts = [read_lut(Path(f)) for f in args.files]
+    if args.action == "diff":
+        found = compare(*luts)
+        return show(args, lambda: diff_data(found), lambda: diff_table(found))
+    if args.action == "merge":
+        write_lut(Path(args.out), merge(luts), luts[0].device)
+        luts = [read_lut(Path(args.out))]
+    return show(args, lambda: lut_data(luts[0]), lambda: lut_table(luts[0]))
+
+
 def _run_view(name: str, description: str, operands: Mapping[str, str], argv: Sequence[str]) -> int:
     """`inspect`, `explain`, `diff`: views of finished runs."""
     p = make_parser(f"hantc {name}", description)
@@ -272,6 +298,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
         "regions": cmd_regions,
         "pool": cmd_pool,
         "profile": cmd_profile,
+        "lut": cmd_lut,
         "inspect": cmd_inspect,
         "explain": cmd_explain,
         "diff": cmd_diff,

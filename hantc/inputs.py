@@ -13,11 +13,13 @@ import torch
 from onnx import ModelProto
 from pydantic import ValidationError
 
+from hantc.backends.device import needs_reduced_range
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Backend, Capabilities
 from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration, parse_size
 from hantc.core.errors import UsageError
+from hantc.core.lut import read_lut
 from hantc.core.progress import Reporter
 from hantc.core.store import Store
 from hantc.core.types import ModelInfo, digest
@@ -95,6 +97,9 @@ def prepare(
         )
     threads = config.threads or target.threads or capabilities.device.cores
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    if config.foreign_lut:
+        capabilities, there = _elsewhere(config, capabilities)
+        threads = config.threads or target.threads or there
     torch.manual_seed(config.seed)
     effort = EFFORTS[config.effort]
     if config.time_limit is not None:
@@ -130,6 +135,19 @@ def prepare(
     elif config.precision == "int8":
         ctx.note("--precision int8 admits INT8 everywhere; regions that are better or faster in FP32 stay in FP32")
     return State(model=model, model_hash=_hash(model)), ctx
+
+
+def _elsewhere(config: CompileConfig, here: Capabilities) -> tuple[Capabilities, int]:
+    """What this machine can do in the name of the one whose latency table is given: all but measure; and the threads
+    that the table is for. UsageError without a table."""
+    if config.lut is None:
+        raise UsageError("--foreign-lut needs --lut", where="--foreign-lut", hint="name the other machine's table")
+    lut = read_lut(config.lut)
+    note = f"latencies are those of {config.lut}, measured on {lut.device.cpu}; nothing was timed here"
+    # INT8 weights keep to 7 bits if either machine needs it: accuracy is checked here, and must hold there
+    narrow = here.reduce_range or (here.measures and needs_reduced_range(lut.device))
+    made = replace(here, device=lut.device, measures=False, notes=(*here.notes, note), reduce_range=narrow)
+    return made, lut.table.rows[0].threads
 
 
 def _rivals(backend: Backend, capabilities: Capabilities) -> tuple[Backend, ...]:

@@ -91,16 +91,15 @@ class Select:
             return self._restore(state, stored)
         if ctx.data is None or state.match.n_atoms == 0:
             return replace(state, plan=self._exact(state, ctx))
-        meter = Meter(ctx)
         budget = self._budget(state, ctx)
-        state, known = self._corrected(state, ctx, meter, budget)
+        state, known = self._corrected(state, ctx, budget)
         problem = make_problem(state, self._aim(state, budget))
-        solutions = self._solved(state, ctx, meter, problem, ctx.effort.solutions)
+        solutions = self._solved(state, ctx, problem, ctx.effort.solutions)
         new = [s for s in solutions if s.items not in known]
-        known |= {s.items: e for s, e in zip(new, self._measure(state, ctx, meter, problem, new), strict=True)}
+        known |= {s.items: e for s, e in zip(new, self._measure(state, ctx, problem, new), strict=True)}
         evaluated = self._judge(state, ctx, [known[s.items] for s in solutions])
         if ctx.config.max_drop is None:
-            evaluated += self._explore(state, ctx, meter, budget)
+            evaluated += self._explore(state, ctx, budget)
         best = self._best(evaluated, budget, ctx)
         assert state.costs is not None
         solver = {"k": len(evaluated), "seconds": time.monotonic() - started, "scale": state.costs.scale}
@@ -111,24 +110,24 @@ class Select:
         )
         return replace(state, plan=plan, evaluated=tuple(evaluated))
 
-    def _corrected(self, state: State, ctx: Context, meter: Meter, budget: float) -> tuple[State, _Known]:
+    def _corrected(self, state: State, ctx: Context, budget: float) -> tuple[State, _Known]:
         """The state with costs scaled so that whole students take what the table says; and those measured with it."""
         for _ in range(_ROUNDS):
             assert state.costs is not None
             problem = make_problem(state, self._aim(state, budget))
-            probes = self._solved(state, ctx, meter, problem, min(_PROBES, ctx.effort.solutions))
-            found = self._measure(state, ctx, meter, problem, probes)
+            probes = self._solved(state, ctx, problem, min(_PROBES, ctx.effort.solutions))
+            found = self._measure(state, ctx, problem, probes)
             ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in found)[len(found) // 2]
             if abs(ratio - 1) <= _CLOSE:
                 return state, {s.items: e for s, e in zip(probes, found, strict=True)}
             state = replace(state, costs=_scaled(state.costs, ratio))
         return state, {}
 
-    def _solved(self, state: State, ctx: Context, meter: Meter, problem: Problem, k: int) -> list[Solution]:
+    def _solved(self, state: State, ctx: Context, problem: Problem, k: int) -> list[Solution]:
         try:
             return self._solve(problem, ctx, k)
         except BudgetError as error:
-            raise self._nearest(state, ctx, meter, problem) from error
+            raise self._nearest(state, ctx, problem) from error
 
     def _key(self, state: State, ctx: Context) -> str:
         assert state.costs is not None and state.scores is not None
@@ -199,11 +198,11 @@ class Select:
             return _unique([solve_for_score(problem, s, gap=_GAP, time_limit=limit / k) for s in ladder])
         return solve_diverse(problem, k, gap=_GAP, time_limit=limit)
 
-    def _nearest(self, state: State, ctx: Context, meter: Meter, problem: Problem) -> BudgetError:
+    def _nearest(self, state: State, ctx: Context, problem: Problem) -> BudgetError:
         """The answer to a budget that is too small: what the fastest student takes, measured."""
         assert state.costs is not None
         fastest = solve(replace(problem, budget=1.001 * reachable(problem)[0]), gap=_GAP)
-        found = self._measure(state, ctx, meter, problem, [fastest])[0]
+        found = self._measure(state, ctx, problem, [fastest])[0]
         teacher_ms, pace = state.costs.teacher_ms, state.costs.pace
         ms = max(found.measured_ms, found.plan.predicted_latency_ms)
         share = math.ceil(100 * _MARGIN * ms / _AIM / teacher_ms) / 100
@@ -215,13 +214,15 @@ class Select:
             hint=f"--budget {min(share, 1.0):g}, or --effort thorough for more candidates",
         )
 
-    def _measure(
-        self, state: State, ctx: Context, meter: Meter, problem: Problem, solutions: Sequence[Solution]
-    ) -> list[Evaluated]:
-        """Emit every solution as a real student and time it beside the teacher."""
+    def _measure(self, state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]) -> list[Evaluated]:
+        """Emit every solution as a real student and time it beside the teacher (or take the table's word)."""
         assert state.network is not None and state.costs is not None and ctx.data is not None
         if not solutions:
             return []
+        if ctx.from_table:
+            made = [make_plan(state, problem, s) for s in solutions]
+            return [Evaluated(p, p.predicted_latency_ms, state.costs.teacher_ms, None, None) for p in made]
+        meter = Meter(ctx)
         models: list[ModelProto] = [emit(state.network).model]
         plans = []
         for s in solutions:
@@ -244,7 +245,7 @@ class Select:
             for p, (teacher, student) in zip(plans, pairs, strict=True)
         ]
 
-    def _explore(self, state: State, ctx: Context, meter: Meter, budget: float) -> list[Evaluated]:
+    def _explore(self, state: State, ctx: Context, budget: float) -> list[Evaluated]:
         """More selections, proposed by what whole students turned out to lose; the best few timed and judged."""
         assert ctx.data is not None
         problem = make_problem(state, self._aim(state, budget))
@@ -260,7 +261,7 @@ class Select:
             )
         ctx.reporter.event("explore", losses=[t.loss for t in trials])
         best = [t.solution for t in trials[:_FINALISTS]]
-        return self._judge(state, ctx, self._measure(state, ctx, meter, problem, best))
+        return self._judge(state, ctx, self._measure(state, ctx, problem, best))
 
     def _judge(self, state: State, ctx: Context, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
         """Divergence and accuracy of every student on the search split, rounded as it will run."""

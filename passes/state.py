@@ -110,6 +110,11 @@ class Context:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def from_table(self) -> bool:
+        """Whether all latencies are those of a table from another machine: nothing can be timed."""
+        return self.config.foreign_lut
+
+    @property
     def base(self) -> str:
         """The floating-point precision of all that is not quantised: fp32, on GPUs fp16."""
         return next(p for p in self.precisions if p != "int8")

@@ -71,7 +71,7 @@ class Verify:
         teacher, clock_model = self._teachers(state, ctx)
         networks = [teacher, state.emitted] + ([baseline] if baseline is not None else [])
         # the table's clock is the normalized network's latency: timing it again shows the machine's drift
-        *timings, clock = self._time([*networks, clock_model], ctx)
+        *timings, clock = self._by_table(state) if ctx.from_table else self._time([*networks, clock_model], ctx)
         emitted, kept_original = state.emitted, False
         if ctx.data is None and timings[1].median_ms > timings[0].median_ms * _NOISE:
             # nothing was gained and something lost: the user's own file is the better answer
@@ -99,6 +99,8 @@ class Verify:
         """The teacher quantised as a whole, as a user of onnxruntime would; or why it cannot be."""
         if ctx.data is None:
             return None, "no --data to calibrate with"
+        if ctx.from_table:
+            return None, "the latency table has no figure for it"
         if "int8" not in ctx.capabilities.precisions:
             return None, f"backend {ctx.backend.name} has no INT8"
         assert state.network is not None
@@ -125,6 +127,13 @@ class Verify:
             pace = first.median_ms / teacher.median_ms
             timings.append(replace(other, median_ms=other.median_ms * pace, iqr_ms=other.iqr_ms * pace))
         return timings
+
+    @staticmethod
+    def _by_table(state: State) -> list[Timing]:
+        """Teacher, student and clock as the table has them, in milliseconds of the clock on its machine's wall."""
+        assert state.plan is not None and state.costs is not None
+        teacher = Timing(state.costs.pace * state.costs.teacher_ms, 0.0, 0)
+        return [teacher, Timing(state.costs.pace * state.plan.predicted_latency_ms, 0.0, 0), teacher]
 
     @staticmethod
     def _elsewhere(teacher: ModelProto, ms: float, ctx: Context) -> dict[str, float]:
@@ -192,7 +201,9 @@ class Verify:
             "speedup": teacher["latency_ms"] / student["latency_ms"],
             "accuracy_drop": drop,
             "predicted_latency_ms": predicted,
-            "prediction_error": abs(predicted - student["latency_ms"]) / student["latency_ms"],
+            "prediction_error": None
+            if ctx.from_table
+            else abs(predicted - student["latency_ms"]) / student["latency_ms"],
             "agreement": _agreement(outputs[0].values, outputs[1].values),
             "max_relative_difference": _difference(outputs[0].values, outputs[1].values),
             "ops": {"teacher": _ops(networks[0]), "student": _ops(networks[1])},

@@ -48,7 +48,8 @@ def workplace(tiny: Tiny, compiled: Compiled, tmp_path: Path, monkeypatch: pytes
             Image.fromarray(other).save(folder / f"{i}.png")
     for name in ("model.hantc", "other.hantc"):
         shutil.copytree(compiled.folder, home / name)
-    shutil.copy(compiled.folder / "lut.json", home / "table.json")
+    for name in ("table.json", "table2.json"):
+        shutil.copy(compiled.folder / "lut.json", home / name)
     (home / "board.toml").write_text('backend = "onnxruntime"\nprecisions = ["fp32"]\nthreads = 1\n')
     monkeypatch.chdir(home)
     monkeypatch.setenv("HANTC_STORE", str(compiled.store))

@@ -93,6 +93,7 @@ class CompileConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
     lut: Path | None = None
+    foreign_lut: bool = False  # the table is of another device, and its latencies count
     out: Path
     store: Path
     store_limit: int = Field(default=10 << 30, ge=0)  # bytes; what was unused longest goes when a run has ended

@@ -1,14 +1,16 @@
 """Latency tables as files: measured once, read back on the same device, for `--lut`.
 
 One JSON object: the fields of `CostTable`, beside `schema_version` and the `device` in full (the rows hold its
-digest alone). `hantc profile` writes such a file, and so does every run, as `lut.json`.
+digest alone). `hantc profile` writes such a file, and so does every run, as `lut.json`. docs/lut.md describes the file.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from statistics import median
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -87,3 +89,82 @@ def read_lut(path: Path) -> Lut:
     if not table.rows:
         raise UsageError("holds no rows", where=where, hint=hint)
     return Lut(path, table, device)
+
+
+def conditions(lut: Lut) -> dict[str, object]:
+    """What must be equal for rows of two tables to mean the same."""
+    found: dict[str, object] = {f.name: getattr(lut.device, f.name) for f in fields(Device)}
+    for name in ("backend", "threads", "batch"):
+        found[name] = tuple(sorted({getattr(r, name) for r in lut.table.rows}, key=str))
+    return found
+
+
+def differences(a: Lut, b: Lut) -> list[str]:
+    """What the two were measured under, where it differs."""
+    here, there = conditions(a), conditions(b)
+    return [
+        f"{name}: {_show(here[name])} in {a.path}, {_show(there[name])} in {b.path}"
+        for name in here
+        if to_jsonable(here[name]) != to_jsonable(there[name])
+    ]
+
+
+def regions_of(lut: Lut) -> dict[str, tuple[int, int]]:
+    """(multiply-accumulates, parameters) of the teacher's operation in each region: tells one network from another."""
+    return {r.region: (r.macs, r.params) for r in lut.table.rows if untouched(r.candidate, r.precision)}
+
+
+def merge(luts: Sequence[Lut]) -> CostTable:
+    """One table of several that were measured alike, on the first one's clock: the teacher's latency in each tells how
+    fast the machine was. Of a row that several have, the one with the most samples stays (of equals the first).
+
+    UsageError if device, settings or network differ.
+    """
+    first = luts[0]
+    rows = {(r.region, r.candidate, r.precision): r for r in first.table.rows}
+    borders, skipped = dict(first.table.transitions), list(first.table.skipped)
+    for other in luts[1:]:
+        where = f"hantc lut merge {first.path} {other.path}"
+        if wrong := differences(first, other):
+            raise UsageError(f"measured under other conditions: {'; '.join(wrong)}", where=where, hint=_MEASURE)
+        if regions_of(other) != regions_of(first):
+            raise UsageError("the tables are of two networks: their regions differ", where=where)
+        factor = first.table.teacher_ms / other.table.teacher_ms
+        for r in other.table.rows:
+            key = (r.region, r.candidate, r.precision)
+            if key not in rows or r.samples > rows[key].samples:
+                rows[key] = replace(r, latency_ms=factor * r.latency_ms, iqr_ms=factor * r.iqr_ms)
+        borders = {**{shape: factor * ms for shape, ms in other.table.transitions}, **borders}
+        skipped += [s for s in other.table.skipped if s not in skipped]
+    known = {(region, candidate) for region, candidate, _ in rows}
+    left = tuple(s for s in skipped if (s[0], s[1]) not in known)
+    return replace(first.table, rows=tuple(rows.values()), transitions=tuple(borders.items()), skipped=left)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two tables side by side: (region, candidate, precision, ms in the first, ms in the second on the first one's
+    clock) of the rows that both have; how many only one has; what they were measured under, where it differs."""
+
+    rows: tuple[tuple[str, str, str, float, float], ...]
+    only: tuple[int, int]
+    conditions: tuple[str, ...]
+    factor: float  # from the second one's clock to the first one's
+
+    @property
+    def median_difference(self) -> float:
+        """Median of |second / first - 1| over the rows that both have; NaN without any."""
+        found = [abs(b / a - 1) for *_, a, b in self.rows if a > 0]
+        return median(found) if found else float("nan")
+
+
+def compare(a: Lut, b: Lut) -> Compared:
+    """Row by row. UsageError if the tables are of two networks."""
+    if regions_of(a) != regions_of(b):
+        where = f"hantc lut diff {a.path} {b.path}"
+        raise UsageError("the tables are of two networks: their regions differ", where=where)
+    here, there = a.table.by_key(), b.table.by_key()
+    factor = a.table.teacher_ms / b.table.teacher_ms
+    both = [key for key in here if key in there]
+    rows = tuple((*key, here[key].latency_ms, factor * there[key].latency_ms) for key in both)
+    return Compared(rows, (len(here) - len(both), len(there) - len(both)), tuple(differences(a, b)), factor)

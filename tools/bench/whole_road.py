@@ -39,9 +39,10 @@ def row(s: dict[str, Any], budget: str) -> str:
     known = s["accuracy_drop"] is not None
     accuracy = f"{s['teacher']['accuracy']:.1f} → {s['student']['accuracy']:.1f} %" if known else "–"
     minutes = sum(s["timings_s"].values()) / 60
+    error = "–" if s["prediction_error"] is None else f"{100 * s['prediction_error']:.0f} %"
     return (
         f"| {Path(s['model']).stem} | {budget} | {s['teacher']['latency_ms']:.2f} | {whole} | {s['speedup']:.2f}× "
-        f"| {accuracy} | {100 * s['prediction_error']:.0f} % | {minutes:.0f} |"
+        f"| {accuracy} | {error} | {minutes:.0f} |"
     )
 
 
