@@ -54,8 +54,8 @@ Examples:
 The run folder (--out, default MODEL.hantc/) then holds model.onnx, which runs
 in plain onnxruntime, summary.json, and report.html, which explains each choice.
 
-Exit codes: 0 done; 1 the result misses the budget or the allowed drop; 2 bad
-option or input; 3 internal error; 130 interrupted (the same command again
+Exit codes: 0 done; 1 the result misses the budget or the allowed drop, or no
+engine could be built; 2 bad option or input; 3 internal error; 130 interrupted (the same command again
 reuses finished work).
 """
 
@@ -76,6 +76,9 @@ def compile_parser() -> argparse.ArgumentParser:
     g.add_argument("--unlabelled", metavar="PATH", help="further images to train on, same forms; labels are not used")
     g = p.add_argument_group("what is wanted")
     g.add_argument("--budget", metavar="0.5|8ms", help="latency: share of the teacher's, or milliseconds; default 0.5")
+    for what, text in (("params", "weights"), ("macs", "multiply-accumulates"), ("memory", "bytes of activations")):
+        metavar = "0.5|5M" if what != "memory" else "0.5|2MiB"
+        g.add_argument(f"--budget-{what}", metavar=metavar, help=f"also: {text}; share of the teacher's, or so many")
     g.add_argument("--max-drop", metavar="0.5%", help="instead of --budget: the most accuracy to lose, in points")
     g = p.add_argument_group("how much work")
     g.add_argument("--effort", choices=tuple(EFFORTS), default="standard", help=_EFFORT_HELP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hantc.backends.device import needs_reduced_range
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Backend, Capabilities
-from hantc.core.config import EFFORTS, Budget, CompileConfig, parse_drop, parse_duration, parse_size
+from hantc.core.config import EFFORTS, Budget, Cap, CompileConfig, parse_drop, parse_duration, parse_size
 from hantc.core.errors import UsageError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Reporter
@@ -28,6 +29,8 @@ from hantc.data.preprocess import Preprocess, load_preprocess
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.importer import load_onnx, model_info
 from hantc.passes.state import Clock, Context, State
+
+_CAPS = ("budget_params", "budget_macs", "budget_memory")
 
 
 def default_store() -> Path:
@@ -46,6 +49,7 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
         raise UsageError("--budget and --max-drop exclude each other", hint="give one of them")
     parse: dict[str, Callable[[str], object]] = {
         "budget": Budget.parse,
+        **{k: partial(Cap.parse, option="--" + k.replace("_", "-")) for k in _CAPS},
         "max_drop": parse_drop,
         "time_limit": parse_duration,
         "store_limit": lambda text: parse_size(text, "--store-limit"),

@@ -93,10 +93,11 @@ def calibration_feeds(student: fx.GraphModule, data: Dataset, images: int, batch
 
 
 def deployable(model: ModelProto, ctx: Context, feeds: Sequence[Feeds]) -> ModelProto:
-    """The file as the target runs it: in FP16 where that is its precision, but for what `feeds` show to overflow."""
+    """The file as the target runs it: in FP16 where that is its precision, but for what overflows (on `feeds`; weights
+    in any case)."""
     if ctx.base != "fp16":
         return model
-    wide = overflowing(model, feeds) if feeds else ()
+    wide = overflowing(model, feeds)
     if wide:
         ctx.note(f"stays in FP32, for FP16 would overflow: {', '.join(wide[:8])}{' …' if len(wide) > 8 else ''}")
     return to_fp16(model, keep=wide)

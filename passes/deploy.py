@@ -27,9 +27,10 @@ class Deploy:
         try:
             with ctx.reporter.bar("building the engine", 1.0):
                 made = ctx.backend.deploy(state.emitted, BuildSpec(ctx.threads, ctx.config.batch))
-        except HantcError as error:
-            ctx.note(f"no engine: {error.message}")
-            return replace(state, undeployed=error.message)
+        except Exception as error:  # a third party's code may raise anything, and an engine's builder does
+            reason = error.message if isinstance(error, HantcError) else f"{type(error).__name__}: {error}"
+            ctx.note(f"no engine: {reason}")
+            return replace(state, undeployed=reason)
         facts = made.facts
         ctx.reporter.event("deploy", **{k: v for k, v in facts.items() if k != "messages"})
         wide = list(facts.get("float32_layers", ()))

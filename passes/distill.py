@@ -15,6 +15,7 @@ from hantc.data.dataset import Dataset
 from hantc.ops.registry import DERIVED, build, is_exact
 from hantc.passes.contest import SAME_COST
 from hantc.passes.engine import trainable
+from hantc.passes.limits import allowances
 from hantc.passes.paper import RECIPE as PAPER
 from hantc.passes.paper import train_paper
 from hantc.passes.plug import origin_of
@@ -48,7 +49,8 @@ class Distill:
         places = (ctx.effort.per_region, ctx.effort.per_span)
         budget = min(1.0, wanted_ms(state.costs, ctx) / state.costs.teacher_ms)
         whole = ctx.config.pool == "whole"
-        kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget, whole=whole)
+        bounds = allowances(state, ctx)
+        kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget, bounds, whole=whole)
         keyed = [(p, weights_key(state, ctx, p)) for p in kept]
         weights, todo, outdone = self._stored(state, ctx, keyed)
         skipped += outdone
@@ -150,7 +152,8 @@ class Distill:
                     origin = origin_of(state.network, state.match, region, samples[region.input])
                 module = build(p.spec, Signature.of(region), origin=origin)
                 job = Job(region, p.spec, module, key, costs[p.region, p.spec.name])
-                (jobs if trainable([module]) and not is_exact(p.spec) else still).append(job)
+                module.requires_grad_(not is_exact(p.spec))  # the least step would end its being exact
+                (jobs if trainable([module]) else still).append(job)
                 bar.advance()
         return jobs, still
 
@@ -192,12 +195,13 @@ def least_costs(state: State) -> dict[tuple[str, str], float]:
 
 
 def wanted_ms(costs: CostTable, ctx: Context) -> float:
-    """The latency asked for, in milliseconds of the table's clock (default: half the teacher's)."""
+    """The latency asked for, in milliseconds of the table's clock (default: half the teacher's, or the
+    teacher's where something else is bounded)."""
     if ctx.config.budget is not None and ctx.config.budget.ms is not None:
         return ctx.config.budget.ms / costs.pace
     if ctx.config.budget is not None:
         return ctx.config.budget.in_ms(costs.teacher_ms)
-    return DEFAULT_BUDGET * costs.teacher_ms
+    return costs.teacher_ms if ctx.config.limited else DEFAULT_BUDGET * costs.teacher_ms
 
 
 def weights_key(state: State, ctx: Context, p: Proposal) -> str:

@@ -293,6 +293,6 @@ class Judge:
 
 
 def trainable(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """All parameters of some modules, each once."""
-    found: dict[int, nn.Parameter] = {id(p): p for m in modules for p in m.parameters()}
+    """All parameters of some modules that may change, each once."""
+    found: dict[int, nn.Parameter] = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
     return list(found.values())

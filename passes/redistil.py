@@ -45,7 +45,7 @@ class Redistil:
         held = [n.name for n in student.graph.nodes if n.op == "call_module" and n.name in regions]
         if ctx.data is None or not held:
             return state
-        own = {"recipe": RECIPE, "images": [ctx.effort.score_images, ctx.config.seed]}
+        own = {"recipe": RECIPE, "images": [ctx.effort.score_images, ctx.effort.batch_size, ctx.config.seed]}
         key = digest({**student_facts(state, student, ctx.data), **own})
         stored = ctx.store.get_tensors("redistilled", key)
         if stored is not None:

@@ -20,12 +20,13 @@ from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, r
 from hantc.passes.bench import Bench
 from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import Judge, fast_layout, output_kind
+from hantc.passes.limits import Allowance, allowances, check_reachable
 from hantc.passes.meter import Meter
 from hantc.passes.state import Context, Evaluated, State
 from hantc.search.explore import explore
 from hantc.search.ilp import solve, solve_diverse
 from hantc.search.pareto import reachable, solve_for_score
-from hantc.search.problem import Border, Item, Problem, Solution, clean
+from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
 
 _GAP = 0.005
 _FINALISTS = 4  # of the explored students that are timed and judged
@@ -43,20 +44,25 @@ _UNUSABLE_MS = 1e8
 _Known = dict[tuple[int, ...], Evaluated]  # by the solution's items
 
 
-def make_problem(state: State, budget_ms: float) -> Problem:
-    """The integer program of DESIGN §2 over regions × candidates × precisions, with borders."""
+def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = ()) -> Problem:
+    """The integer program of DESIGN §2 over regions × candidates × precisions, with borders and `bounds`."""
     assert state.match is not None and state.costs is not None and state.scores is not None
     costs, match = state.costs.by_key(), state.match
+    sums, peaks = [b for b in bounds if b.adds_up], [b for b in bounds if not b.adds_up]
     items = []
     for row in state.scores:
         cost = costs.get((row.region, row.candidate, row.precision))
         if cost is None or row.dropped or cost.latency_ms >= _UNUSABLE_MS:
             continue
+        if any(b.uses[row.region, row.candidate] > b.most for b in peaks):
+            continue
         atoms = frozenset(match.region(row.region).atoms)
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
         score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
-        items.append(Item(row.region, row.candidate, row.precision, score, cost.latency_ms * state.costs.scale, atoms))
-    problem = Problem(match.n_atoms, tuple(items), state.costs.glue_ms, budget_ms, _borders(match, state.costs))
+        ms, uses = cost.latency_ms * state.costs.scale, tuple(b.uses[row.region, row.candidate] for b in sums)
+        items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
+    limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
+    problem = Problem(match.n_atoms, tuple(items), state.costs.glue_ms, budget_ms, _borders(match, state.costs), limits)
     return clean(problem)[0]
 
 
@@ -91,15 +97,16 @@ class Select:
             return self._restore(state, stored)
         if ctx.data is None or state.match.n_atoms == 0:
             return replace(state, plan=self._exact(state, ctx))
-        budget = self._budget(state, ctx)
-        state, known = self._corrected(state, ctx, budget)
-        problem = make_problem(state, self._aim(state, budget))
+        budget, bounds = self._budget(state, ctx), allowances(state, ctx)
+        check_reachable(state, bounds)
+        state, known = self._corrected(state, ctx, budget, bounds)
+        problem = make_problem(state, self._aim(state, budget, bounds), bounds)
         solutions = self._solved(state, ctx, problem, ctx.effort.solutions)
         new = [s for s in solutions if s.items not in known]
         known |= {s.items: e for s, e in zip(new, self._measure(state, ctx, problem, new), strict=True)}
         evaluated = self._judge(state, ctx, [known[s.items] for s in solutions])
         if ctx.config.max_drop is None:
-            evaluated += self._explore(state, ctx, budget)
+            evaluated += self._explore(state, ctx, budget, bounds)
         best = self._best(evaluated, budget, ctx)
         assert state.costs is not None
         solver = {"k": len(evaluated), "seconds": time.monotonic() - started, "scale": state.costs.scale}
@@ -110,11 +117,13 @@ class Select:
         )
         return replace(state, plan=plan, evaluated=tuple(evaluated))
 
-    def _corrected(self, state: State, ctx: Context, budget: float) -> tuple[State, _Known]:
+    def _corrected(
+        self, state: State, ctx: Context, budget: float, bounds: Sequence[Allowance]
+    ) -> tuple[State, _Known]:
         """The state with costs scaled so that whole students take what the table says; and those measured with it."""
         for _ in range(_ROUNDS):
             assert state.costs is not None
-            problem = make_problem(state, self._aim(state, budget))
+            problem = make_problem(state, self._aim(state, budget, bounds), bounds)
             probes = self._solved(state, ctx, problem, min(_PROBES, ctx.effort.solutions))
             found = self._measure(state, ctx, problem, probes)
             ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in found)[len(found) // 2]
@@ -140,7 +149,7 @@ class Select:
                 "teacher_ms": state.costs.teacher_ms,
                 "scores": [asdict(s) for s in state.scores],
                 "options": [
-                    asdict(config.budget) if config.budget else None,
+                    [asdict(b) if b else None for b in (config.budget, *config.caps)],
                     config.max_drop,
                     config.effort,
                     config.seed,
@@ -179,13 +188,13 @@ class Select:
         return state.costs.teacher_ms if ctx.config.max_drop is not None else wanted_ms(state.costs, ctx)
 
     @staticmethod
-    def _aim(state: State, budget: float) -> float:
+    def _aim(state: State, budget: float, bounds: Sequence[Allowance]) -> float:
         """What to plan for: a little below the budget, unless nothing reaches that; what is nearest to it where that
         is above it by no more than measuring can be wrong."""
         assert state.costs is not None
-        if budget >= state.costs.teacher_ms:
+        if budget >= state.costs.teacher_ms and not bounds:
             return budget  # the teacher itself fits
-        least = 1.001 * reachable(make_problem(state, budget))[0]
+        least = 1.001 * reachable(make_problem(state, budget, bounds))[0]
         return max(_AIM * budget, least) if least <= _DOUBT * budget else budget
 
     @staticmethod
@@ -245,10 +254,10 @@ class Select:
             for p, (teacher, student) in zip(plans, pairs, strict=True)
         ]
 
-    def _explore(self, state: State, ctx: Context, budget: float) -> list[Evaluated]:
+    def _explore(self, state: State, ctx: Context, budget: float, bounds: Sequence[Allowance]) -> list[Evaluated]:
         """More selections, proposed by what whole students turned out to lose; the best few timed and judged."""
         assert ctx.data is not None
-        problem = make_problem(state, self._aim(state, budget))
+        problem = make_problem(state, self._aim(state, budget, bounds), bounds)
         bench = Bench(state, ctx, ctx.data)
         with ctx.reporter.bar("searching among whole students", ctx.effort.explored) as bar:
             trials = explore(

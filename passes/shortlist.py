@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hantc.core.types import CostTable, Region
 from hantc.ops.registry import DERIVED, is_exact
+from hantc.passes.limits import Allowance
 from hantc.passes.state import Proposal
 
 _MIN_GAIN = 0.92  # a candidate must cost at most this share of the teacher's operation to be trained
@@ -18,13 +19,15 @@ def shortlist(
     regions: Mapping[str, Region],
     places: tuple[int, int],
     budget: float,
+    bounds: Sequence[Allowance] = (),
     *,
     whole: bool = False,
 ) -> tuple[list[Proposal], list[tuple[str, str, str, str]]]:
     """The candidates worth training: cheaper than the teacher's operation, and the most capable (by MACs)
     that fit under a few ceilings set around the asked `budget` (share of the teacher's latency). `places`:
     ceilings per region and per span for those from scratch (one less where there are derived ones); derived ones,
-    which hardly need training, get one more. `whole`: for single regions, all that are cheaper. Also (region,
+    which hardly need training, get one more. `bounds`: what else is bounded; a candidate counts by what it is
+    nearest to using up, and need not be faster. `whole`: for single regions, all that are cheaper. Also (region,
     candidate, precision, reason) of those left out."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for row in costs.rows:
@@ -37,14 +40,15 @@ def shortlist(
         base = next(precision for precision in teacher if precision != "int8")
         best = min(rows.get((p.region, p.spec.name), {"": math.inf}).values())
         bar = min(teacher.values())
-        if best > _MIN_GAIN * bar:
+        if best > (1.0 if bounds else _MIN_GAIN) * bar:
             skipped.append(
                 (p.region, p.spec.name, "*", f"not faster: {best:.3f} ms against the teacher's {bar:.3f} ms")
             )
         elif p.spec.family == "identity" or is_exact(p.spec):
             kept.append(p)
         else:
-            rivals.setdefault((p.region, p.spec.family in DERIVED), []).append((best / teacher[base], p))
+            strain = max([best / teacher[base], *(budget * b.strain(p.region, p.spec.name) for b in bounds)])
+            rivals.setdefault((p.region, p.spec.family in DERIVED), []).append((strain, p))
     for (name, derived), options in rivals.items():
         if whole and len(regions[name].atoms) == 1:
             kept += [p for _, p in options]

@@ -64,35 +64,43 @@ class Verify:
         )
         stored = ctx.store.get_json("verify", key)
         if stored is not None:
-            emitted = self._teachers(state, ctx)[0] if stored["kept_original"] else state.emitted
+            if stored["kept_original"]:
+                state = _unchanged(state, self._teachers(state, ctx)[0])
             _tell(stored, ctx)
-            return replace(state, summary=stored, emitted=emitted)
+            return replace(state, summary=stored)
         baseline, reason = self._baseline(state, ctx)
         teacher, clock_model = self._teachers(state, ctx)
-        networks = [teacher, state.emitted] + ([baseline] if baseline is not None else [])
+        others = [baseline] if baseline is not None else []
         # the table's clock is the normalized network's latency: timing it again shows the machine's drift
-        *timings, clock = self._by_table(state) if ctx.from_table else self._time([*networks, clock_model], ctx)
-        emitted, kept_original = state.emitted, False
+        timed: list[ModelProto] = [teacher, state.emitted, *others, clock_model]
+        *timings, clock = self._by_table(state) if ctx.from_table else self._time(timed, ctx)
+        kept_original = False
         if ctx.data is None and timings[1].median_ms > timings[0].median_ms * _NOISE:
             # nothing was gained and something lost: the user's own file is the better answer
-            emitted, kept_original = teacher, True
+            state, kept_original = _unchanged(state, teacher), True
             timings[1] = timings[0]
-        facts = self._facts(state, ctx, [networks[0], emitted, *networks[2:]], timings, clock.median_ms)
+        assert state.emitted is not None
+        # the teacher's outputs are those of the user's own file: what FP16 does to them is the student's doing
+        facts = self._facts(state, ctx, [state.model, state.emitted, *others], timings, clock.median_ms)
         facts |= {"baseline_int8_reason": reason, "kept_original": kept_original}
         facts["timing_note"] = self._restless([*timings, clock])
         facts["teacher_by_backend"] = self._elsewhere(state.model, timings[0].median_ms, ctx)
         _tell(facts, ctx)
         if ctx.capabilities.measures:
             ctx.store.put_json("verify", key, facts)
-        return replace(state, summary=facts, emitted=emitted)
+        return replace(state, summary=facts)
 
     @staticmethod
     def _teachers(state: State, ctx: Context) -> tuple[ModelProto, ModelProto]:
-        """The teacher and the normalized network as the target runs them."""
+        """The teacher as the target runs it, and the normalized network. In FP16 they are one: engines fold the shape
+        arithmetic that files are full of, which a prediction of the file as it is would count."""
         assert state.network is not None
-        half = ctx.base == "fp16" and ctx.data is not None
-        feeds = calibration_feeds(state.network, ctx.data, 64, 16) if half and ctx.data is not None else []
-        return deployable(state.model, ctx, feeds), deployable(emit(state.network).model, ctx, feeds)
+        network = emit(state.network).model
+        if ctx.base != "fp16":
+            return state.model, network
+        feeds = calibration_feeds(state.network, ctx.data, 64, 16) if ctx.data is not None else []
+        half = deployable(network, ctx, feeds)
+        return half, half
 
     @staticmethod
     def _baseline(state: State, ctx: Context) -> tuple[ModelProto | None, str | None]:
@@ -222,10 +230,20 @@ class Verify:
         return found
 
 
+def _unchanged(state: State, teacher: ModelProto) -> State:
+    """The state of a run that came to nothing: the teacher's file, and a plan that leaves every region alone."""
+    assert state.plan is not None
+    kept = tuple(replace(c, candidate="teacher", cost_ms=c.teacher_cost_ms) for c in state.plan.choices)
+    student = state.network if state.student is not None else None
+    return replace(state, emitted=teacher, student=student, plan=replace(state.plan, choices=kept))
+
+
 def _tell(facts: Mapping[str, Any], ctx: Context) -> None:
     """The notes that follow from the figures."""
     if facts["timing_note"]:
         ctx.note(facts["timing_note"])
+    if facts["kept_original"]:
+        ctx.note("rewriting gained nothing: the student was slower than the teacher, which was kept as it is")
     by_backend: Mapping[str, float] = facts["teacher_by_backend"]
     fastest = min(by_backend, key=lambda name: by_backend[name])
     here, there = by_backend[ctx.backend.name], by_backend[fastest]

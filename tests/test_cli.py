@@ -52,6 +52,18 @@ def test_compile_exit_code_follows_the_status(compiled: Compiled) -> None:
     assert status in ("done", "budget_missed")  # which one is up to the machine's mood
 
 
+def test_weights_and_products_can_be_bounded(tiny: Tiny, compiled: Compiled, cli: Cli, tmp_path: Path) -> None:
+    """Together, and without a latency: the student keeps within both."""
+    given = ("--target", "roofline", "--data", tiny.data, "--effort", "quick", "--time-limit", "3s", "--threads", "1")
+    limits = ("--budget-params", "0.8", "--budget-macs", "0.9", "--budget-memory", "1.0")
+    result = cli(tiny.model, *given, *limits, "--store", compiled.store, "--out", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    summary = result.json()
+    assert summary["student"]["params"] <= 0.81 * summary["teacher"]["params"]
+    assert summary["student"]["macs"] <= 0.91 * summary["teacher"]["macs"]
+    assert summary["options"]["budget_params"] == {"fraction": 0.8, "amount": None}
+
+
 def test_json_is_the_summary_and_nothing_else(compiled: Compiled) -> None:
     assert compiled.result.json() == json.loads((compiled.folder / "summary.json").read_text())
     assert compiled.result.out.startswith("{") and compiled.result.out.endswith("}\n")

@@ -222,6 +222,15 @@ def test_budget_below_what_is_reachable(compiled: Compiled, tiny: Tiny, cli: Cli
     assert state.plan is not None and state.plan.predicted_latency_ms > 0
 
 
+def test_fewer_weights_than_can_be_reached(compiled: Compiled, cli: Cli, tmp_path: Path) -> None:
+    argv = [*compiled.argv, "--time-limit", "3s", "--out", str(tmp_path / "run"), "--budget-params", "0.0001"]
+    result = cli(*argv)
+    assert result.code == 1 and "--budget-params" in result.err and "least reachable" in result.err
+    found = re.search(r"hint: --budget-params (\S+),", result.err)
+    assert found is not None and 0.0001 < float(found.group(1)) <= 1
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_no_data_cannot_meet_a_budget(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
     argv = (tiny.model, "--threads", "1", "--out", tmp_path / "run", "--store", tmp_path / "store", "--budget", "0.1")
     result = cli(*argv, "--json")

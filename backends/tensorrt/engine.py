@@ -20,7 +20,7 @@ from hantc.core.errors import HantcError, ModelError
 
 try:
     import tensorrt_rtx as trt
-except ImportError:  # a missing library is an answer of capabilities()
+except (ImportError, OSError, RuntimeError):  # a missing or broken library is an answer of capabilities()
     trt = None
 
 PACKAGE = "tensorrt_rtx"
@@ -72,6 +72,7 @@ def parse(model: onnx.ModelProto) -> _Parsed:
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString()) or not network.num_outputs:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        errors = [e for e in errors if "CUDA driver" not in e.desc()] or errors  # that no GPU is here is no reason
         text = "; ".join(f"{e.desc()} (node {e.node_name() or e.node()})" for e in errors) or "it has no outputs"
         raise ModelError(f"TensorRT does not take the model: {text}")
     return _Parsed(network, builder, parser, log)

@@ -42,6 +42,36 @@ class Budget:
         return self.ms if self.ms is not None else (self.fraction or 1.0) * teacher_ms
 
 
+@dataclass(frozen=True)
+class Cap:
+    """A bound on what the student has: a fraction of the teacher's, or an amount."""
+
+    fraction: float | None = None
+    amount: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Cap:
+        """`0.5` or `50%` → half of the teacher's; `300M`, `1.5G`, `4000` → so many (M is a million; of bytes 2^20, with
+        `iB` or without). UsageError otherwise."""
+        m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|([KMGT])?(?:i?B)?)\s*", text, re.IGNORECASE)
+        value = float(m.group(1)) if m else 0.0
+        if not m or value <= 0:
+            raise UsageError(f"{option} {text!r} is no amount", hint="write a fraction (0.5) or an amount (5M)")
+        suffix = (m.group(3) or "").upper()
+        if not m.group(2) and value <= 1:
+            return cls(fraction=value)
+        if m.group(2) == "%":
+            if value > 100:
+                raise UsageError(f"{option} {text!r} is more than the teacher has", hint="leave it out, or give less")
+            return cls(fraction=value / 100)
+        kilo = 1024 if option == "--budget-memory" else 1000
+        return cls(amount=value * kilo ** " KMGT".index(suffix or " "))
+
+    def of(self, teacher: float) -> float:
+        """The amount, given the teacher's."""
+        return self.amount if self.amount is not None else (self.fraction or 1.0) * teacher
+
+
 def parse_duration(text: str) -> float:
     """`30m`, `90s`, `1h`, `1h30m` or plain seconds → seconds. UsageError otherwise."""
     m = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m)?\s*(?:(\d+(?:\.\d+)?)s?)?\s*", text)
@@ -83,6 +113,9 @@ class CompileConfig(BaseModel):
     unlabelled: str | None = None
     preprocess: str | None = None
     budget: Budget | None = None
+    budget_params: Cap | None = None
+    budget_macs: Cap | None = None
+    budget_memory: Cap | None = None  # of activations
     max_drop: float | None = None
     effort: Effort = "standard"
     time_limit: float | None = Field(default=None, gt=0)  # seconds
@@ -99,6 +132,16 @@ class CompileConfig(BaseModel):
     store_limit: int = Field(default=10 << 30, ge=0)  # bytes; what was unused longest goes when a run has ended
     resume: bool = False
     seed: int = 0
+
+    @property
+    def caps(self) -> tuple[Cap | None, ...]:
+        """What is bounded beside latency: weights, multiply-accumulates, memory."""
+        return self.budget_params, self.budget_macs, self.budget_memory
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything beside latency is bounded."""
+        return any(cap is not None for cap in self.caps)
 
     @field_validator("model", "out", "store", mode="after")
     @classmethod

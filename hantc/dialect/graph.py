@@ -169,6 +169,24 @@ def count_macs(
     return total
 
 
+def peak_activations(
+    module: fx.GraphModule, shapes: Mapping[str, tuple[int, ...]], passing: Collection[str] = ()
+) -> int:
+    """Largest number of elements alive at once, in the graph's order, each from when it is made to when it is last
+    read; weights and constants not counted. At nodes of `passing` nothing is looked at. `shapes` as from `shapes_of`.
+    """
+    last = {source: k for k, node in enumerate(module.graph.nodes) for source in node.all_input_nodes}
+    alive: dict[fx.Node, int] = {}
+    peak = 0
+    for k, node in enumerate(module.graph.nodes):
+        if node.op != "get_attr" and node.name in shapes:
+            alive[node] = math.prod(shapes[node.name])
+        if node.name not in passing:
+            peak = max(peak, sum(alive.values()))
+        alive = {n: size for n, size in alive.items() if last.get(n, -1) > k}
+    return peak
+
+
 def module_macs(module: fx.GraphModule, in_shape: Shape) -> int:
     """Multiply-accumulates of a standalone graph on one sample of `in_shape`."""
     shapes = shapes_of(module, [torch.zeros(1, *in_shape)])

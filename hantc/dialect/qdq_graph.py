@@ -21,6 +21,11 @@ FOLLOWERS = frozenset(
         "GlobalAveragePool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad",
     }
 )  # fmt: skip
+# forms of a Constant node that hold numbers; None: as a tensor
+_CONSTANTS: dict[str, Any] = {
+    **{"value": None, "value_float": np.float32, "value_floats": np.float32},
+    **{"value_int": np.int64, "value_ints": np.int64},
+}
 # Followers that onnxruntime's quantiser drops: the limits of the uint8 range do their work.
 ABSORBED = frozenset({"Relu", "Clip"})
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -44,14 +49,17 @@ def name_nodes(graph: onnx.GraphProto) -> None:
 
 
 def lift_constants(graph: onnx.GraphProto) -> None:
-    """Turn Constant nodes into initializers: the quantiser sees weights only there."""
+    """Turn Constant nodes into initializers: the quantiser, and the converter to FP16, see weights only there."""
     lifted = set()
     for k, node in enumerate(graph.node):
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            tensor = graph.initializer.add()
-            tensor.CopyFrom(node.attribute[0].t)
-            tensor.name = node.output[0]
-            lifted.add(k)
+        if node.op_type != "Constant" or node.attribute[0].name not in _CONSTANTS:
+            continue
+        value = onnx.helper.get_attribute_value(node.attribute[0])
+        dtype = _CONSTANTS[node.attribute[0].name]
+        tensor = graph.initializer.add()
+        tensor.CopyFrom(value if dtype is None else numpy_helper.from_array(np.asarray(value, dtype)))
+        tensor.name = node.output[0]
+        lifted.add(k)
     _drop(graph, lifted)
 
 

@@ -102,10 +102,12 @@ def insert_qdq(
     return quantised
 
 
-def calibrated_ranges(model: onnx.ModelProto, selected: Collection[str], feeds: Sequence[Feeds], method: str) -> Ranges:
+def calibrated_ranges(
+    model: onnx.ModelProto, selected: Collection[str], feeds: Sequence[Feeds], method: str, *, check: bool = True
+) -> Ranges:
     """(lowest, highest) of every float tensor that a selected node touches, over all feeds.
 
-    Memory stays that of one feed. HantcError if the model does not run on a feed, or a range is not finite.
+    Memory stays that of one feed. HantcError if the model does not run on a feed, or (`check`) a range is not finite.
     """
     types = sorted({n.op_type for n in model.graph.node if n.name in selected})
     touched = {t for n in model.graph.node if n.name in selected for t in [*n.input, *n.output]}
@@ -123,7 +125,7 @@ def calibrated_ranges(model: onnx.ModelProto, selected: Collection[str], feeds: 
     ranges: Ranges = {}
     for name in found:
         low, high = (np.asarray(v, dtype=np.float32).reshape(()) for v in found[name].range_value)
-        if name in touched:
+        if check and name in touched:
             check_range(name, float(low), float(high))
         ranges[name] = (low, high)
     return ranges

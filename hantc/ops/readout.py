@@ -59,11 +59,12 @@ def fit_readout(candidate: fx.GraphModule, source: Tensor, target: Tensor) -> bo
     inner = _inner(conv, margin)
     rows = min(max(_ROWS[0], _ROWS[1] * inner.weight[0].numel()), available)
     with torch.no_grad():
-        values = activations(candidate, source)
-        seen, arm, total = (values[n.name] for n in (ending.conv.all_input_nodes[0], ending.arm, ending.total))
+        places = (ending.conv.all_input_nodes[0], ending.arm, ending.total, ending.last)
+        values = activations(candidate, source, {n.name for n in places})
+        seen, arm, total, last = (values[n.name] for n in places)
         if not total.shape == arm.shape == target.shape:
             return False  # an arm that is spread over all positions
-        before = _error(values[ending.last.name][held], target[held])
+        before = _error(last[held], target[held])
         whole = target if ending.last is ending.total else _before(candidate, ending.last, target)
         goal = whole - (total - arm)
         goal = goal if ending.arm is ending.norm else _before(candidate, ending.arm, goal)

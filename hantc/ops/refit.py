@@ -3,7 +3,7 @@ teacher computes, in the least-squares sense, on real activations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,23 +18,23 @@ _RIDGE = 3e-3  # of the mean energy of the inputs: keeps weights near where they
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps every tensor by node name."""
+    """Runs a graph and keeps tensors by node name: all, or those of the nodes in `wanted`."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, wanted: Collection[str] | None = None) -> None:
         super().__init__(module)
-        self.values: dict[str, Tensor] = {}
+        self.values, self.wanted = dict[str, Tensor](), wanted
 
     def run_node(self, n: fx.Node) -> Any:
         """As fx, and remembers."""
         result = super().run_node(n)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and (self.wanted is None or n.name in self.wanted):
             self.values[n.name] = result
         return result
 
 
-def activations(module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
-    """Every node's value on `x`."""
-    recorder = Recorder(module)
+def activations(module: fx.GraphModule, x: Tensor, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Every node's value on `x`, or that of the nodes in `wanted`."""
+    recorder = Recorder(module, wanted)
     with torch.no_grad():
         recorder.run(x)
     return recorder.values

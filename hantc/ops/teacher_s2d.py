@@ -28,6 +28,8 @@ class TeacherS2D(DerivedFamily):
         conv, node = _first(origin.whole)
         if conv is None or node is None:
             return "does not begin with one convolution"
+        if conv.weight.dtype != torch.float32:
+            return f"its weights are {str(conv.weight.dtype).removeprefix('torch.')}"
         s = conv.stride[0]
         if len(conv.stride) != 2 or s < 2 or set(conv.stride) != {s}:
             return "its first convolution has no stride in both directions alike"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from hantc.core.errors import HantcError
+from hantc.core.errors import BudgetError, HantcError
 from hantc.search.model import Answer, Engine, Task, run
 from hantc.search.problem import (
     NoMoreSolutionsError,
@@ -95,6 +95,14 @@ def cheapest(problem: Problem, *, time_limit: float = 20.0, engine: Engine = "au
     answer = run(Task(problem, "cost"), gap=0.0, time_limit=time_limit, engine=engine)
     if answer.picked is None:
         why = "exists: the spans do not fit together" if answer.infeasible else f"was found in {time_limit:.3g} s"
+        if problem.limits and answer.infeasible:
+            names = " and ".join(limit.name for limit in problem.limits)
+            raise BudgetError(
+                f"no selection meets {names} together",
+                nearest=math.inf,
+                where="search",
+                hint="allow more of one of them",
+            )
         raise HantcError(
             f"no selection that covers all {problem.n_atoms} atoms exactly once {why}",
             where="search",

@@ -58,6 +58,7 @@ def run(task: Task, *, gap: float, time_limit: float, engine: Engine = "auto") -
     if task.problem.n_atoms == 0:
         fixed = task.problem.fixed_cost
         late = fixed > task.max_cost or task.max_score < 0 or bool(task.cuts)
+        late = late or any(limit.fixed > limit.most for limit in task.problem.limits)
         return Answer(None if late else (), late, not late, 0.0)
     reduced = _reduce(task)
     lp, z = _state(task, reduced)
@@ -121,18 +122,23 @@ def _reduce(task: Task) -> _Reduced:
 
 
 def _undominated(task: Task, score: Mapping[int, float], cost: Mapping[int, float], touched: set[int]) -> list[int]:
-    """Item a beats b if it stands in the same place, looks the same to the borders, is no worse in score and
-    cost, and is in no cut that b is not in: putting a for b then keeps any selection valid and no worse."""
+    """Item a beats b if it stands in the same place, looks the same to the borders, is no worse in score, cost and
+    uses, and is in no cut that b is not in: putting a for b then keeps any selection valid and no worse."""
     cuts = {i: frozenset(k for k, cut in enumerate(task.cuts) if i in cut) for i in score}
     groups: dict[tuple[frozenset[int], bool], list[int]] = {}
     for i in score:
         item = task.problem.items[i]
         groups.setdefault((item.atoms, item.int8 and not touched.isdisjoint(item.atoms)), []).append(i)
+    items = task.problem.items
+
+    def thriftier(j: int, i: int) -> bool:
+        return all(a <= b for a, b in zip(items[j].uses, items[i].uses, strict=True))
+
     kept: list[int] = []
     for members in groups.values():
         best: list[int] = []
         for i in sorted(members, key=lambda i: (score[i], cost[i], len(cuts[i]), i)):
-            if not any(cost[j] <= cost[i] and cuts[j] <= cuts[i] for j in best):
+            if not any(cost[j] <= cost[i] and cuts[j] <= cuts[i] and thriftier(j, i) for j in best):
                 best.append(i)
         kept += best
     return sorted(kept)
@@ -193,6 +199,10 @@ def _state(task: Task, reduced: _Reduced) -> tuple[pulp.LpProblem, dict[int, pul
         lp += cost_sum(cost_scale) <= (task.max_cost - problem.fixed_cost) / cost_scale + _SLACK, "budget"
     if math.isfinite(task.max_score):
         lp += score_sum(score_scale) <= task.max_score / score_scale + _SLACK, "score"
+    for k, limit in enumerate(problem.limits):
+        _, scale = _unit([problem.items[i].uses[k] for i in z], limit.most - limit.fixed)
+        used = pulp.LpAffineExpression([(var, problem.items[i].uses[k] / scale) for i, var in z.items()])
+        lp += used <= (limit.most - limit.fixed) / scale + _SLACK, f"limit{k}"
     for k, cut in enumerate(task.cuts):
         shared = [(z[i], len(problem.items[i].atoms)) for i in sorted(cut) if i in z]
         if shared:

@@ -23,6 +23,7 @@ class Item:
     score: float
     cost: float
     atoms: frozenset[int]
+    uses: tuple[float, ...] = ()  # of each of the problem's limits
 
     @property
     def int8(self) -> bool:
@@ -44,15 +45,25 @@ class Border:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A further sum that is bounded: `fixed` and the uses of all that is picked come to at most `most`."""
+
+    name: str
+    fixed: float
+    most: float
+
+
+@dataclass(frozen=True)
 class Problem:
     """Pick items that cover each of the atoms 0…n_atoms-1 exactly once, with the least sum of scores, so that
-    `fixed_cost` + costs + borders <= `budget` (ms; `math.inf` for none)."""
+    `fixed_cost` + costs + borders <= `budget` (ms; `math.inf` for none), and every one of `limits` holds."""
 
     n_atoms: int
     items: tuple[Item, ...]
     fixed_cost: float
     budget: float
     borders: tuple[Border, ...] = ()
+    limits: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def usable(problem: Problem) -> Usable:
             reasons.append(f"{name}: {flaw}")
         return not flaw
 
-    items = tuple(i for i, item in enumerate(problem.items) if fine(str(item), _item_flaw(item, problem.n_atoms)))
+    items = tuple(i for i, item in enumerate(problem.items) if fine(str(item), _item_flaw(item, problem)))
     borders = tuple(
         i
         for i, border in enumerate(problem.borders)
@@ -102,14 +113,16 @@ def usable(problem: Problem) -> Usable:
     return Usable(items, borders, tuple(reasons))
 
 
-def _item_flaw(item: Item, n_atoms: int) -> str:
+def _item_flaw(item: Item, problem: Problem) -> str:
     if not math.isfinite(item.score):
         return f"score is {item.score}"
     if not math.isfinite(item.cost):
         return f"cost is {item.cost}"
     if not item.atoms:
         return "covers no atom"
-    outside = sorted(a for a in item.atoms if not 0 <= a < n_atoms)
+    if len(item.uses) != len(problem.limits) or not all(math.isfinite(u) and u >= 0 for u in item.uses):
+        return f"uses are {item.uses}"
+    outside = sorted(a for a in item.atoms if not 0 <= a < problem.n_atoms)
     return f"covers atoms {outside}, which do not exist" if outside else ""
 
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from hantc.core.errors import HantcError
+from hantc.core.errors import ModelError
 from hantc.dialect.half import LARGEST, overflowing, to_fp16
 
 RNG = np.random.default_rng(0)
@@ -86,6 +86,66 @@ def test_several_kept_nodes_may_read_one_value() -> None:
         np.testing.assert_allclose(run(to_fp16(model, keep=keep), x), run(model, x), atol=5e-3)
 
 
+def small(
+    nodes: list[onnx.NodeProto], *, opset: int = 17, constants: dict[str, np.ndarray] | None = None
+) -> onnx.ModelProto:
+    """Nodes from "x", (N, 4), to "y", of the same shape."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])
+    inits = [numpy_helper.from_array(np.asarray(v), name) for name, v in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "small", [x], [y], inits)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+ROWS = RNG.standard_normal((3, 4)).astype(np.float32)
+
+
+def test_a_large_output_stays_float32_to_the_end() -> None:
+    model = small([helper.make_node("Mul", ["x", "c"], ["y"], name="large")], constants={"c": np.float32(1e5)})
+    assert overflowing(model, [{"x": ROWS}]) == ("large",)
+    np.testing.assert_allclose(run(to_fp16(model, keep=["large"]), ROWS), 1e5 * ROWS, rtol=1e-6)
+
+
+def test_infinities_are_no_overflow() -> None:
+    nodes = [
+        helper.make_node("Greater", ["x", "zero"], ["mask"]),
+        helper.make_node("Where", ["mask", "x", "least"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["y"], axis=1),
+    ]
+    model = small(nodes, constants={"zero": np.float32(-1e3), "least": np.float32(-np.inf)})
+    assert overflowing(model, [{"x": ROWS}]) == ()
+    np.testing.assert_allclose(run(to_fp16(model), ROWS), run(model, ROWS), atol=2e-3)
+
+
+@pytest.mark.parametrize("form", ["value", "value_float"])
+def test_constants_in_nodes(form: str) -> None:
+    value = {"value": numpy_helper.from_array(np.float32(2.0)), "value_float": 2.0}[form]
+    nodes = [helper.make_node("Constant", [], ["c"], **{form: value}), helper.make_node("Mul", ["x", "c"], ["y"])]
+    np.testing.assert_allclose(run(to_fp16(small(nodes)), ROWS), 2 * ROWS, atol=5e-3)
+
+
+def test_operators_without_an_fp16_form_stay() -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Relu", ["d"], ["y"]),
+    ]
+    model = small(nodes, constants={"s": np.float32(0.05), "z": np.uint8(128)})
+    np.testing.assert_allclose(run(to_fp16(model), ROWS), run(model, ROWS), atol=2e-3)
+
+
+def test_an_input_that_is_an_output_is_an_error() -> None:
+    model = small([helper.make_node("Relu", ["x"], ["y"])])
+    model.graph.output.append(model.graph.input[0])
+    with pytest.raises(ModelError, match="FP16"):
+        to_fp16(model)
+
+
+def test_without_feeds_the_weights_are_looked_at() -> None:
+    model = small([helper.make_node("Mul", ["x", "c"], ["y"], name="large")], constants={"c": np.float32(3e5)})
+    assert overflowing(model, []) == ("large",)
+
+
 def test_a_weight_alone_can_overflow() -> None:
     model = net()
     weight = numpy_helper.to_array(model.graph.initializer[1]).copy()
@@ -101,5 +161,5 @@ def test_nothing_overflows_in_an_ordinary_network() -> None:
 def test_what_cannot_be_converted_is_an_error() -> None:
     broken = net()
     del broken.graph.node[0].input[:]
-    with pytest.raises(HantcError, match="FP16"):
+    with pytest.raises(ModelError, match="FP16"):
         to_fp16(broken)

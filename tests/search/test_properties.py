@@ -15,7 +15,17 @@ from hantc.search.baselines import greedy, random_selection
 from hantc.search.ilp import cheapest, solve, solve_diverse
 from hantc.search.model import Engine, undominated
 from hantc.search.pareto import reachable, solve_for_score
-from hantc.search.problem import Border, Item, NoMoreSolutionsError, Problem, Solution, evaluate, overlap, overlap_cap
+from hantc.search.problem import (
+    Border,
+    Item,
+    Limit,
+    NoMoreSolutionsError,
+    Problem,
+    Solution,
+    evaluate,
+    overlap,
+    overlap_cap,
+)
 
 few = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -82,6 +92,35 @@ def test_solve_is_the_best_of_all(engine: Engine) -> None:
         assert solution.optimal and solution.gap <= 1e-6
 
     check()
+
+
+@few
+@given(problems(), st.data())
+def test_limits_hold_and_cost_no_more_than_they_must(problem: Problem, data: st.DataObject) -> None:
+    use = st.integers(0, 16).map(lambda v: v / 8)
+    items = tuple(replace(i, uses=(data.draw(use), data.draw(use))) for i in problem.items)
+    limits = tuple(Limit(n, data.draw(use) / 4, data.draw(st.integers(0, 40)) / 8 + 1 / 16) for n in ("a", "b"))
+    problem = replace(problem, items=items, limits=limits)
+
+    def holds(picked: tuple[int, ...]) -> bool:
+        sums = [limit.fixed + sum(items[i].uses[k] for i in picked) for k, limit in enumerate(limits)]
+        return all(s <= limit.most for s, limit in zip(sums, limits, strict=True))
+
+    allowed = [(picked, *evaluate(problem, picked)) for picked in covers(problem) if holds(picked)]
+    if not allowed:
+        with pytest.raises(BudgetError, match="a and b"):
+            cheapest(problem)
+        with pytest.raises(BudgetError):
+            solve(problem, gap=0.0)
+        return
+    assert cheapest(problem).cost == pytest.approx(min(cost for _, _, cost in allowed), abs=1e-3)
+    within = [score for _, score, cost in allowed if cost <= problem.budget]
+    if not within:
+        with pytest.raises(BudgetError):
+            solve(problem, gap=0.0)
+        return
+    solution = solve(problem, gap=0.0)
+    assert holds(solution.items) and solution.score == pytest.approx(min(within), abs=1e-3)
 
 
 @few
