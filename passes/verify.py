@@ -72,7 +72,8 @@ class Verify:
         teacher, clock_model = self._teachers(state, ctx)
         others = [baseline] if baseline is not None else []
         # the table's clock is the normalized network's latency: timing it again shows the machine's drift
-        timed: list[ModelProto] = [teacher, state.emitted, *others, clock_model]
+        assert state.emitted is not None
+        timed = [teacher, state.emitted, *others, clock_model]
         *timings, clock = self._by_table(state) if ctx.from_table else self._time(timed, ctx)
         kept_original = False
         if ctx.data is None and timings[1].median_ms > timings[0].median_ms * _NOISE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,9 +87,7 @@ def test_several_kept_nodes_may_read_one_value() -> None:
         np.testing.assert_allclose(run(to_fp16(model, keep=keep), x), run(model, x), atol=5e-3)
 
 
-def small(
-    nodes: list[onnx.NodeProto], *, opset: int = 17, constants: dict[str, np.ndarray] | None = None
-) -> onnx.ModelProto:
+def small(nodes: list[onnx.NodeProto], *, opset: int = 17, constants: dict[str, Any] | None = None) -> onnx.ModelProto:
     """Nodes from "x", (N, 4), to "y", of the same shape."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])
@@ -119,7 +118,7 @@ def test_infinities_are_no_overflow() -> None:
 
 @pytest.mark.parametrize("form", ["value", "value_float"])
 def test_constants_in_nodes(form: str) -> None:
-    value = {"value": numpy_helper.from_array(np.float32(2.0)), "value_float": 2.0}[form]
+    value: Any = {"value": numpy_helper.from_array(np.array(2.0, np.float32)), "value_float": 2.0}[form]
     nodes = [helper.make_node("Constant", [], ["c"], **{form: value}), helper.make_node("Mul", ["x", "c"], ["y"])]
     np.testing.assert_allclose(run(to_fp16(small(nodes)), ROWS), 2 * ROWS, atol=5e-3)
 
