@@ -16,6 +16,7 @@ from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import observing
+from hantc.ops.registry import is_exact
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
 from hantc.passes.bench import Bench
 from hantc.passes.distill import wanted_ms
@@ -168,11 +169,12 @@ class Select:
     def _exact(state: State, ctx: Context) -> Plan:
         """Without data: of each region's exact forms the fastest, where it is clearly faster than the teacher's own."""
         assert state.costs is not None and state.match is not None and state.weights is not None
-        costs, scale = state.costs.by_key(), state.costs.scale
+        costs, scale, specs = state.costs.by_key(), state.costs.scale, specs_of(state)
         choices = []
         for r in (r for r in state.match.regions if len(r.atoms) == 1):
             own = costs[r.name, "teacher", ctx.base].latency_ms
-            offers = [(costs[r.name, c, ctx.base].latency_ms, c) for name, c in state.weights if name == r.name]
+            equal = [c for name, c in state.weights if name == r.name and is_exact(specs[c])]
+            offers = [(costs[r.name, c, ctx.base].latency_ms, c) for c in equal]
             cost, candidate = min(offers, default=(own, "teacher"))
             if cost > _CLEARLY * own:
                 cost, candidate = own, "teacher"

@@ -309,12 +309,14 @@ def test_the_wanted_latency() -> None:
     table = CostTable((), teacher_ms=8.0, glue_ms=0.0)
 
     class _Ctx:
-        def __init__(self, budget: Budget | None) -> None:
-            self.config = type("C", (), {"budget": budget})()
+        def __init__(self, budget: Budget | None, limited: bool) -> None:
+            self.config = type("C", (), {"budget": budget, "limited": limited})()
 
-    def wanted(budget: Budget | None, table: CostTable = table) -> float:
-        ctx: Any = _Ctx(budget)
+    def wanted(budget: Budget | None, table: CostTable = table, *, limited: bool = False) -> float:
+        ctx: Any = _Ctx(budget, limited)
         return wanted_ms(table, ctx)
+
+    assert (wanted(None, limited=True), wanted(Budget(fraction=0.25), limited=True)) == (8.0, 2.0)
 
     assert (wanted(None), wanted(Budget(fraction=0.25)), wanted(Budget(ms=3.0))) == (4.0, 2.0, 3.0)
     slow = replace(table, pace=1.5)  # the teacher took 12 ms on the wall

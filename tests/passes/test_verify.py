@@ -94,5 +94,7 @@ def test_the_teacher_is_timed_with_every_engine_in_turns(lab: Lab) -> None:
 @pytest.mark.parametrize(("rival", "told"), [(7.9, False), (9.0, False), (4.0, True)])
 def test_a_faster_engine_is_named(lab: Lab, rival: float, told: bool) -> None:
     ctx = lab.context(backend=Tiring())
-    _tell({"timing_note": "", "teacher_by_backend": {ctx.backend.name: 8.0, "rival": rival}}, ctx)
+    _tell(
+        {"timing_note": "", "kept_original": False, "teacher_by_backend": {ctx.backend.name: 8.0, "rival": rival}}, ctx
+    )
     assert ["--backend rival" in n for n in ctx.notes] == [True] * told
