@@ -154,6 +154,7 @@ class Select:
                     config.max_drop,
                     config.effort,
                     config.seed,
+                    ctx.from_table,  # students that nobody timed are no answer to those who can
                 ],
             }
         )
