@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import onnx_graphsurgeon as gs
@@ -47,6 +48,7 @@ class Conv(Leaf):
     """N-d convolution, NCHW. Default padding keeps ⌈size/stride⌉ (k // 2 on both sides)."""
 
     ops: ClassVar[tuple[str, ...]] = ("Conv",)
+    live = MappingProxyType({"weight": 1, "bias": 2})
     bias: nn.Parameter | None
 
     def __init__(

@@ -13,6 +13,13 @@ from torch import Tensor
 from hantc.core.errors import UnsupportedError
 from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch holds them and computes with none
+
+
+def signed(x: Tensor) -> Tensor:
+    """Unsigned integers that torch cannot compute with as int64, where sums, differences and products wrap alike."""
+    return x.to(torch.int64) if x.dtype in _UNSIGNED else x
+
 
 def _div(a: Tensor, b: Tensor) -> Tensor:
     # ONNX integer division truncates towards zero
@@ -36,7 +43,7 @@ class Binary(Leaf):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Broadcast of a and b."""
-        return BINARY[self.op](a, b)
+        return BINARY[self.op](signed(a), signed(b)).to(a.dtype)
 
     @classmethod
     def parse(cls, node: OnnxNode) -> Binary:

@@ -59,10 +59,11 @@ class _Emitter:
         return out
 
     def opaque_node(self, leaf: Opaque, xs: list[gs.Tensor]) -> list[gs.Variable]:
-        constants = [self.const(v, "const") for v in leaf.constants.values()]
+        held = leaf.held()
+        constants = [self.const(v, "const") for v in held.values()]
         outs = [gs.Variable(self.unique(f"{self.scope}:{o}")) for o in leaf.outputs]
         name = self.unique(f"{self.scope}/{leaf.proto.op_type}")
-        feeds = dict(zip([*leaf.names, *leaf.constants], [*xs, *constants], strict=True))
+        feeds = dict(zip([*leaf.names, *held], [*xs, *constants], strict=True))
         self._append(gs.Node(_PLACEHOLDER, name, {}, list(feeds.values()), outs))
         proto = leaf.proto if self.opset == self.base_opset else upgraded(leaf, self.opset)
         self.opaque[name] = (proto, feeds)
@@ -213,11 +214,11 @@ def emit(module: fx.GraphModule, *, opset: int | None = None) -> Emitted:
 
 
 def opaque_leaves(module: fx.GraphModule) -> list[tuple[str, Opaque]]:
-    """(fx node name, leaf) of every opaque leaf."""
+    """(fx node name, leaf) of every node that ONNX Runtime runs."""
     found = []
     for node in module.graph.nodes:
         if node.op == "call_module":
             leaf = module.get_submodule(str(node.target))
-            if isinstance(leaf, Opaque):
+            if isinstance(leaf, Opaque) and leaf.foreign:
                 found.append((node.name, leaf))
     return found

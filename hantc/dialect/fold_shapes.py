@@ -31,13 +31,25 @@ def _op(module: fx.GraphModule, node: fx.Node) -> str:
     return leaf.proto.op_type if isinstance(leaf, Opaque) else type(leaf).__name__
 
 
+# operators whose result's size hangs on the values of their inputs after the first, or on all
+_SIZED_BY_VALUES = frozenset(
+    {"Reshape", "Expand", "Pad", "Slice", "Tile", "Resize", "Upsample", "TopK", "OneHot", "CenterCropPad", "AffineGrid",
+     "Split", "MaxUnpool", "Col2Im"}
+)  # fmt: skip
+_SIZED_BY_ALL = frozenset({"NonZero", "Compress", "Unique", "ConstantOfShape", "Range", "If", "Loop", "Scan"})
+
+
 def shape_only(module: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose value is decided by shapes and constants alone."""
+    """Nodes whose value is decided by the input's shape and constants alone."""
     found: set[fx.Node] = set()
+    loose: set[fx.Node] = set()  # whose size is decided by values
     for node in module.graph.nodes:
-        fed = node.all_input_nodes if node.op in ("call_module", "call_function") else []
-        starts = node.op == "get_attr" or (node.op == "call_module" and _op(module, node) == "Shape")
-        follows = bool(fed) and all(n in found for n in fed) and not _op(module, node).startswith("Random")
+        fed, op = (node.all_input_nodes, _op(module, node)) if node.op in ("call_module", "call_function") else ([], "")
+        decisive = fed[1:] if op in _SIZED_BY_VALUES else fed if op in _SIZED_BY_ALL else []
+        if any(n in loose for n in fed) or any(n not in found for n in decisive):
+            loose.add(node)
+        starts = node.op == "get_attr" or (op == "Shape" and node not in loose)
+        follows = bool(fed) and all(n in found for n in fed) and not op.startswith("Random")
         if starts or follows:
             found.add(node)
     return found
@@ -95,9 +107,10 @@ def _fold_constants(module: fx.GraphModule, runs: list[Values], candidates: set[
         if not outside:
             continue
         first = runs[0][node]
-        module.register_buffer(f"shape_{i}", first.clone())
+        target = f"folded_shape_{i}"  # "shape_0" is what a Shape node's own module is called
+        module.register_buffer(target, first.clone())
         with module.graph.inserting_before(node):
-            folded = module.graph.create_node("get_attr", f"shape_{i}", name=f"shape_{i}")
+            folded = module.graph.create_node("get_attr", target, name=target)
         for run in runs:
             run[folded] = first
         for user in outside:

@@ -22,10 +22,14 @@ from torch import fx, nn
 from hantc.core.errors import HantcError, ModelError, UnsupportedError
 from hantc.core.types import ModelInfo, TensorSpec
 from hantc.dialect.fold_shapes import fold_shapes
+from hantc.dialect.functions.registry import function_of
 from hantc.dialect.graph import tidy
 from hantc.dialect.leaf import Array, Dim, Leaf, OnnxNode, attributes, tensor
-from hantc.dialect.opaque import Opaque, captured
+from hantc.dialect.opaque import Opaque, captured, subgraphs
 from hantc.dialect.registry import parse
+from hantc.dialect.verbatim import Verbatim
+
+_KEPT_IF = "HantcIf"  # what an If is called while graphsurgeon must not touch it
 
 
 def load_onnx(path: str | Path) -> ModelProto:
@@ -87,7 +91,14 @@ def clean(model: ModelProto) -> ModelProto:
     ort.set_default_logger_severity(4)  # graphsurgeon folds through ONNX Runtime, whose remarks help nobody
     try:
         graph = gs.import_onnx(model)
-        graph.fold_constants(error_ok=True)
+        # graphsurgeon folds a Shape whole, even where it asks for a part of the dims (opset 15)
+        partial = any(n.op == "Shape" and n.attrs for n in graph.nodes)
+        forked = [n for n in graph.nodes if n.op == "If" and len(n.outputs) > 1]
+        for node in forked:  # graphsurgeon mixes up their outputs when it puts a branch in their stead
+            node.op = _KEPT_IF
+        graph.fold_constants(fold_shapes=not partial, error_ok=True)
+        for node in forked:
+            node.op = "If"
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
         cleaned: ModelProto = gs.export_onnx(graph, do_type_check=False)
     except Exception:  # graphsurgeon gives up on rare graphs; the importer works on the raw ones too
@@ -178,12 +189,16 @@ def _native(b: _Build, node: NodeProto, outputs: tuple[str, ...]) -> tuple[Leaf,
     return leaf, [b.value(node.input[i]) for i in leaf.data]
 
 
-def _opaque(b: _Build, node: NodeProto, error: Exception) -> tuple[Leaf, list[fx.Node]]:
+def _kept(b: _Build, node: NodeProto, error: Exception) -> tuple[Leaf, list[fx.Node]]:
     names = [n for n in dict.fromkeys([*node.input, *captured(node)]) if n]
     data = tuple(n for n in names if n not in b.constants)
     fixed = {n: b.constants[n] for n in names if n in b.constants}
+    args = [b.value(n) for n in data]
+    function = function_of(node.domain, node.op_type)
+    if function is not None and not any(subgraphs(node)):
+        return Verbatim(node, data, fixed, b.opsets, function), args
     reason = error.message if isinstance(error, HantcError) else f"{type(error).__name__}: {error}"
-    return Opaque(node, data, fixed, b.opsets, reason), [b.value(n) for n in data]
+    return Opaque(node, data, fixed, b.opsets, reason), args
 
 
 def _add(b: _Build, node: NodeProto) -> None:
@@ -202,7 +217,7 @@ def _add(b: _Build, node: NodeProto) -> None:
         leaf, args = _native(b, node, used)
         outputs = used
     except (UnsupportedError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        leaf, args = _opaque(b, node, error)
+        leaf, args = _kept(b, node, error)
         outputs = tuple(o for o in node.output if o)
     target = b.fresh(re.sub(r"\W", "_", node.op_type).lower())
     b.root.add_module(target, leaf)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -78,10 +80,12 @@ class Leaf(nn.Module):
     """Base of the closed set of operations.
 
     `ops` are the ONNX op types that the class reads. `data` holds, after `parse`, which ONNX inputs are
-    passed to `forward` (the others were taken in as weights or attributes).
+    passed to `forward` (the others were taken in as weights or attributes). `live`: parameters and buffers that hold
+    an ONNX input as it is, for where that input is computed.
     """
 
     ops: ClassVar[tuple[str, ...]] = ()
+    live: ClassVar[Mapping[str, int]] = MappingProxyType({})
     data: tuple[int, ...] = (0,)
 
     @classmethod
@@ -103,12 +107,38 @@ def attributes(node: NodeProto) -> dict[str, Any]:
     return decoded
 
 
+# types that numpy knows through ml_dtypes alone, and the integers of their width
+_EXTENSIONS: Mapping[str, tuple[torch.dtype, Any]] = MappingProxyType(
+    {
+        "bfloat16": (torch.bfloat16, np.int16),
+        "float8_e4m3fn": (torch.float8_e4m3fn, np.uint8),
+        "float8_e4m3fnuz": (torch.float8_e4m3fnuz, np.uint8),
+        "float8_e5m2": (torch.float8_e5m2, np.uint8),
+        "float8_e5m2fnuz": (torch.float8_e5m2fnuz, np.uint8),
+    }
+)
+
+
+def has_torch_type(value: Array) -> bool:
+    """Whether torch has tensors of an array's type: not of strings, nor of integers below 8 bits."""
+    return value.dtype.name in _EXTENSIONS or value.dtype.kind in "biufc"
+
+
 def tensor(value: Array) -> Tensor:
-    """An owned torch tensor of a constant (ONNX arrays are read-only)."""
+    """An owned torch tensor of a constant (ONNX arrays are read-only). TypeError for types that torch lacks."""
+    if value.dtype.name in _EXTENSIONS:
+        kind, bits = _EXTENSIONS[value.dtype.name]
+        return torch.from_numpy(np.array(value.view(bits), order="C")).view(kind)
     return torch.from_numpy(np.array(value, order="C"))
 
 
 def array(value: Tensor) -> Array:
     """A numpy copy of a torch tensor."""
-    result: Array = value.detach().cpu().numpy()
+    value = value.detach().cpu()
+    for name, (kind, bits) in _EXTENSIONS.items():
+        if value.dtype == kind:
+            whole = torch.int16 if bits is np.int16 else torch.uint8
+            extended: Array = value.view(whole).numpy().view(np.dtype(getattr(ml_dtypes, name)))
+            return extended
+    result: Array = value.numpy()
     return result

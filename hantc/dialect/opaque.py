@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-import torch
 from onnx import GraphProto, NodeProto
 from torch import Tensor
 
 from hantc.core.errors import HantcError
-from hantc.dialect.leaf import Array, Leaf
+from hantc.dialect.leaf import Array, Leaf, array, has_torch_type, tensor
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -72,15 +71,15 @@ def _to_onnx(value: Any) -> Any:
     """Torch value → what ONNX Runtime takes; a list of tensors is an ONNX sequence."""
     if isinstance(value, list):
         return [_to_onnx(v) for v in value]
-    return np.ascontiguousarray(value.detach().cpu().numpy()) if isinstance(value, Tensor) else value
+    return np.array(array(value), order="C") if isinstance(value, Tensor) else value  # scalars stay without dims
 
 
 def _from_onnx(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_onnx(v) for v in value]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "OSU":
-        return value  # torch has no strings; only other opaque leaves can use them
-    return torch.from_numpy(np.array(value))
+    if isinstance(value, np.ndarray) and not has_torch_type(value):
+        return value  # strings, 4-bit integers: only other opaque leaves can use them
+    return tensor(value)
 
 
 def _value_info(name: str, value: Any) -> onnx.ValueInfoProto:
@@ -112,6 +111,15 @@ class Opaque(Leaf):
     def __deepcopy__(self, memo: dict[int, Any]) -> Opaque:
         # sessions cannot be copied and are rebuilt on use; node and constants are never changed
         return Opaque(self.proto, self.names, self.constants, self.opsets, self.reason)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether ONNX Runtime runs it, so that no gradient passes."""
+        return True
+
+    def held(self) -> dict[str, Array]:
+        """The node's constants."""
+        return self.constants
 
     def model(self, inputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
         """The node as a model of its own, with inputs `names` of the given types."""

@@ -43,6 +43,9 @@ class Pool(Leaf):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → (N, C, …)."""
         n = len(self.kernel)
+        if not x.is_floating_point():  # torch pools floats alone; bytes are exact in them
+            pooled: Tensor = self(x.double())
+            return pooled.to(x.dtype)
         if self.op == "MaxPool":
             if any(self.pads):
                 x = F.pad(x, torch_pads(self.pads), value=float("-inf"))

@@ -11,31 +11,41 @@ from hantc.core.errors import UnsupportedError
 from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode
 
 
+def _mode(node: OnnxNode) -> str:
+    mode = str(node.attrs.get("mode", "DCR"))
+    if mode not in ("DCR", "CRD"):
+        raise UnsupportedError(f"{node.op} of mode {mode}")
+    return mode
+
+
 class SpaceToDepth(Leaf):
     """Blocks of `size` × `size` positions become channels: channel (row·size + column)·C + c of the output is
-    channel c at that row and column of each block."""
+    channel c at that row and column of each block (mode DCR, the only one before opset 26), or channel
+    c·size² + row·size + column is (CRD, torch's PixelUnshuffle)."""
 
     ops: ClassVar[tuple[str, ...]] = ("SpaceToDepth",)
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, mode: str = "DCR") -> None:
         super().__init__()
-        self.size = size
+        self.size, self.mode = size, mode
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C·size², H/size, W/size)."""
         n, c, h, w = x.shape
         b = self.size
-        return x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b * b, h // b, w // b)
+        order = (0, 3, 5, 1, 2, 4) if self.mode == "DCR" else (0, 1, 3, 5, 2, 4)
+        return x.reshape(n, c, h // b, b, w // b, b).permute(order).reshape(n, c * b * b, h // b, w // b)
 
     @classmethod
     def parse(cls, node: OnnxNode) -> SpaceToDepth:
-        return cls(int(node.attrs["blocksize"]))
+        return cls(int(node.attrs["blocksize"]), _mode(node))
 
     def emit(self, e: EmitContext, xs: list[gs.Tensor]) -> gs.Variable:
-        return e.node("SpaceToDepth", xs, {"blocksize": self.size})
+        mode = {} if self.mode == "DCR" else {"mode": self.mode}
+        return e.node("SpaceToDepth", xs, {"blocksize": self.size, **mode})
 
     def extra_repr(self) -> str:
-        return f"size={self.size}"
+        return f"size={self.size}, {self.mode}"
 
 
 class DepthToSpace(Leaf):
@@ -59,10 +69,7 @@ class DepthToSpace(Leaf):
 
     @classmethod
     def parse(cls, node: OnnxNode) -> DepthToSpace:
-        mode = str(node.attrs.get("mode", "DCR"))
-        if mode not in ("DCR", "CRD"):
-            raise UnsupportedError(f"DepthToSpace of mode {mode}")
-        return cls(int(node.attrs["blocksize"]), mode)
+        return cls(int(node.attrs["blocksize"]), _mode(node))
 
     def emit(self, e: EmitContext, xs: list[gs.Tensor]) -> gs.Variable:
         mode = {} if self.mode == "DCR" else {"mode": self.mode}

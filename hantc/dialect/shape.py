@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hantc.core.errors import UnsupportedError
-from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode
+from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode, tensor
 
 
 class Reshape(Leaf):
@@ -254,6 +254,11 @@ class Concat(Leaf):
         return e.node("Concat", xs, {"axis": self.axis})
 
 
+def torch_dtype(onnx_type: int) -> torch.dtype:
+    """The torch type of an ONNX element type; TypeError where torch has none."""
+    return tensor(np.zeros(1, onnx.helper.tensor_dtype_to_np_dtype(onnx_type))).dtype
+
+
 class Cast(Leaf):
     """Change of dtype."""
 
@@ -262,7 +267,7 @@ class Cast(Leaf):
     def __init__(self, to: int) -> None:
         super().__init__()
         self.to_type = to
-        self.dtype = torch.from_numpy(np.zeros(1, onnx.helper.tensor_dtype_to_np_dtype(to))).dtype
+        self.dtype = torch_dtype(to)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape, other dtype."""
@@ -274,7 +279,11 @@ class Cast(Leaf):
         if to not in (
             onnx.TensorProto.FLOAT,
             onnx.TensorProto.FLOAT16,
+            onnx.TensorProto.BFLOAT16,
             onnx.TensorProto.DOUBLE,
+            onnx.TensorProto.INT8,
+            onnx.TensorProto.UINT8,
+            onnx.TensorProto.INT16,
             onnx.TensorProto.INT32,
             onnx.TensorProto.INT64,
             onnx.TensorProto.BOOL,

@@ -209,7 +209,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "softmax_last": _simple("Softmax", x=("N", 6), axis=1),
     "softmax_default": _simple("Softmax", x=("N", 6)),
     "softmax_negative": _simple("Softmax", 11, axis=-1),
-    "softmax_channels": lambda o: Case([node("Softmax", axis=1)], native=o >= 13),
+    "softmax_channels": _simple("Softmax", axis=1),
     "max_pool": _simple("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 0, 1, 1]),
     "max_pool_dilated": _simple("MaxPool", 10, kernel_shape=[3, 3], dilations=[2, 1]),
     "max_pool_ceil": _simple("MaxPool", 10, kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1),
