@@ -13,7 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hantc import __version__
-from hantc.commands import COMMANDS, DONE, MISSED, config_of, machine_options, make_console, make_parser, store_option
+from hantc.commands import (
+    COMMANDS,
+    DONE,
+    MISSED,
+    MODEL_HELP,
+    config_of,
+    machine_options,
+    make_console,
+    make_parser,
+    model_file,
+    named_out,
+    store_option,
+)
 from hantc.core.config import EFFORTS
 from hantc.core.errors import HantcError, UsageError
 
@@ -68,7 +80,7 @@ def compile_parser() -> argparse.ArgumentParser:
         usage="hantc MODEL [--target T] [--data PATH] [--budget B | --max-drop D] ...",
         epilog=_EPILOG,
     )
-    p.add_argument("model", metavar="MODEL", help="the trained network, an .onnx file")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     machine_options(p)
     g = p.add_argument_group("data")
     _data(g)
@@ -120,6 +132,8 @@ def _data(g: argparse._ArgumentGroup) -> None:
 def cmd_compile(argv: Sequence[str]) -> int:
     """`hantc MODEL`."""
     args = compile_parser().parse_args(argv)
+    args.out = args.out or named_out(args.model)
+    args.model = model_file(args.model, Path(args.out or "."))
     config = config_of(args)
     from hantc.report.live import RichReporter
     from hantc.run import compile_config

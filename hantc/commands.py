@@ -17,6 +17,8 @@ from hantc.core.errors import UsageError
 
 DONE, MISSED = 0, 1
 _PIPE_WIDTH = 160
+_NAMED = "timm:"
+MODEL_HELP = "the trained network: an .onnx file, or timm:NAME, timm:NAME@FILE.safetensors, timm:NAME@random"
 _RUN = "a run folder, as --out named it"
 
 
@@ -70,6 +72,22 @@ def store_option(g: argparse._ArgumentGroup) -> None:
     )
 
 
+def named_out(text: str) -> str | None:
+    """The run folder of one of timm's models if no other is given; None for files."""
+    return f"{text.removeprefix(_NAMED).partition('@')[0].replace('/', '_')}.hantc" if text.startswith(_NAMED) else None
+
+
+def model_file(text: str, folder: Path) -> str:
+    """The MODEL argument as a file: one of timm's is exported into `folder` first."""
+    if not text.startswith(_NAMED):
+        return text
+    from hantc.inputs import check_folder
+    from hantc.integrations.zoo import export_named
+
+    check_folder(folder, f"--out {folder}")
+    return str(export_named(text, folder))
+
+
 def config_of(args: argparse.Namespace) -> CompileConfig:
     """Validated configuration from parsed options; UsageError names the option."""
     from hantc.inputs import make_config
@@ -102,16 +120,19 @@ def show(args: argparse.Namespace, data: Callable[[], Any], view: Callable[[], A
 def cmd_regions(argv: Sequence[str]) -> int:
     """`hantc regions MODEL`."""
     p = make_parser("hantc regions", "What can be replaced in a model, and why the rest cannot.")
-    p.add_argument("model", metavar="MODEL", help="an .onnx file")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     args = p.parse_args(argv)
     from dataclasses import asdict
+    from tempfile import TemporaryDirectory
 
     from hantc.dialect.importer import import_file
     from hantc.dialect.rewrites.normalize import normalize
     from hantc.passes.match import match_regions
     from hantc.report.regions import regions_table
 
-    found = match_regions(normalize(import_file(args.model))[0])
+    with TemporaryDirectory() as place:
+        network = import_file(model_file(args.model, Path(place)))
+    found = match_regions(normalize(network)[0])
     return show(args, lambda: asdict(found), lambda: regions_table(found))
 
 
@@ -149,7 +170,7 @@ def cmd_profile(argv: Sequence[str]) -> int:
     p = make_parser(
         "hantc profile", "Measure the candidates of a model's regions and write the latency table for --lut."
     )
-    p.add_argument("model", metavar="MODEL", help="the trained network, an .onnx file")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--lut", metavar="FILE", required=True, help="the table to write")
     machine_options(p)
     g = p.add_argument_group("how much work")
@@ -170,6 +191,7 @@ def cmd_profile(argv: Sequence[str]) -> int:
     check_folder(lut.absolute().parent, f"--lut {lut}")
     with TemporaryDirectory() as place:  # a run's log and graph dumps, which nobody asked for
         args.lut, args.out = None, place
+        args.model = model_file(args.model, Path(place) / "named")
         costs, device = profile_config(config_of(args), RichReporter(quiet=args.json))
     write_lut(lut, costs, device)
     if args.json:

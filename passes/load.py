@@ -9,6 +9,7 @@ from typing import ClassVar
 from hantc.core.errors import DataError, HantcError, ModelError
 from hantc.dialect.emitter import opaque_leaves
 from hantc.dialect.examples import example_inputs
+from hantc.dialect.guard import check_survives
 from hantc.dialect.importer import import_model
 from hantc.passes.engine import Judge, output_kind
 from hantc.passes.state import Context, State
@@ -26,6 +27,10 @@ class Load:
     def call(self, state: State, ctx: Context) -> State:
         """Import the graph; ModelError or DataError where it cannot serve as a teacher."""
         where = str(ctx.config.model)
+        try:
+            check_survives(state.model)
+        except ModelError as error:
+            raise ModelError(error.message, where=where, hint=error.hint) from error
         ok, reason = ctx.backend.supports(state.model)
         if not ok:
             raise ModelError(f"{ctx.backend.name} cannot run it: {reason}", where=where)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from hantc.core.errors import HantcError, UnsupportedError
 from hantc.core.types import ModelInfo
-from hantc.dialect.leaf import Array, Leaf, array
+from hantc.dialect.leaf import Array, Leaf, array, has_torch_type
 from hantc.dialect.opaque import Opaque, captured, inner_names, rename_captured
 
 _PLACEHOLDER = "HantcOpaque"  # stands for an opaque node until the graph is exported
@@ -38,6 +38,7 @@ class _Emitter:
         self.gs_nodes: list[gs.Node] = []
         self.opaque: dict[str, tuple[NodeProto, dict[str, gs.Tensor]]] = {}
         self.made: dict[str, list[str]] = {}
+        self.apart: dict[str, Array] = {}  # constants of types that graphsurgeon does not write: integers below 8 bits
         self.used: set[str] = set()
         self.scope = ""
         self.owner = ""
@@ -51,6 +52,10 @@ class _Emitter:
 
     def const(self, value: Array | Tensor, hint: str) -> gs.Constant:
         data = array(value) if isinstance(value, Tensor) else value
+        if not has_torch_type(data) and data.dtype.kind not in "OSU":
+            made = gs.Variable(self.unique(f"{self.scope}.{hint}"))
+            self.apart[made.name] = data
+            return made
         return gs.Constant(self.unique(f"{self.scope}.{hint}"), np.array(data, order="C"))
 
     def node(self, op: str, inputs: Sequence[gs.Tensor], attrs: Mapping[str, Any] | None = None) -> gs.Variable:
@@ -201,6 +206,7 @@ def emit(module: fx.GraphModule, *, opset: int | None = None) -> Emitted:
     domains = [onnx.helper.make_opsetid(d, v) for d, v in info.domains]
     graph = gs.Graph(e.gs_nodes, inputs, outputs, name=info.graph_name, opset=e.opset, import_domains=None)
     model = gs.export_onnx(graph, do_type_check=False)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in e.apart.items())
     del model.opset_import[:]
     model.opset_import.extend([onnx.helper.make_opsetid("", e.opset), *domains])
     model.ir_version = max(info.ir_version, 8 if e.opset >= 15 else 7) if e.opset > info.opset else info.ir_version

@@ -24,16 +24,16 @@ from hantc.core.types import ModelInfo, TensorSpec
 from hantc.dialect.fold_shapes import fold_shapes
 from hantc.dialect.functions.registry import function_of
 from hantc.dialect.graph import tidy
-from hantc.dialect.leaf import Array, Dim, Leaf, OnnxNode, attributes, tensor
-from hantc.dialect.opaque import Opaque, captured, subgraphs
+from hantc.dialect.guard import check_untrusted
+from hantc.dialect.leaf import Array, Dim, Leaf, OnnxNode, attributes, has_torch_type, tensor
+from hantc.dialect.opaque import Opaque, captured, forks, subgraphs
 from hantc.dialect.registry import parse
 from hantc.dialect.verbatim import Verbatim
 
-_KEPT_IF = "HantcIf"  # what an If is called while graphsurgeon must not touch it
-
 
 def load_onnx(path: str | Path) -> ModelProto:
-    """Read a model file. ModelError names the file where it is missing, truncated or no ONNX model."""
+    """Read a model file. ModelError names the file where it is missing, truncated, no ONNX model, or not fit to be
+    run (`check_untrusted`). External weights are read from the model's own folder alone."""
     path = Path(path)
     if not path.is_file():
         raise ModelError("no such file", where=str(path), hint="give the path of an .onnx file")
@@ -45,6 +45,13 @@ def load_onnx(path: str | Path) -> ModelProto:
         ) from error
     if not model.graph.node or not model.graph.output or not model.opset_import:
         raise ModelError("not an ONNX model: it has no graph", where=str(path), hint="is the file whole?")
+    for node in model.graph.node:  # an input left out at the end says no more than none, and crashes ONNX Runtime 1.31
+        while node.input and not node.input[-1]:
+            del node.input[-1]
+    try:
+        check_untrusted(model)
+    except ModelError as error:
+        raise ModelError(error.message, where=str(path), hint=error.hint) from error
     return model
 
 
@@ -65,8 +72,11 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
             f"{value.name!r} is a {value.type.WhichOneof('value')}, not a tensor", hint="cut it off the exported graph"
         )
     kind = value.type.tensor_type.elem_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind).name if kind else "float32"
-    return TensorSpec(value.name, dtype, _dims(value))
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind) if kind else np.dtype(np.float32)
+    except KeyError as error:
+        raise ModelError(f"{value.name!r} has the unknown type {kind}", hint="is the model file whole?") from error
+    return TensorSpec(value.name, dtype.name, _dims(value))
 
 
 def model_info(model: ModelProto) -> ModelInfo:
@@ -93,12 +103,9 @@ def clean(model: ModelProto) -> ModelProto:
         graph = gs.import_onnx(model)
         # graphsurgeon folds a Shape whole, even where it asks for a part of the dims (opset 15)
         partial = any(n.op == "Shape" and n.attrs for n in graph.nodes)
-        forked = [n for n in graph.nodes if n.op == "If" and len(n.outputs) > 1]
-        for node in forked:  # graphsurgeon mixes up their outputs when it puts a branch in their stead
-            node.op = _KEPT_IF
-        graph.fold_constants(fold_shapes=not partial, error_ok=True)
-        for node in forked:
-            node.op = "If"
+        # and mixes up the outputs of an If that has several when it puts a branch in its stead
+        forked = any(len(n.output) > 1 for n in forks(model.graph))
+        graph.fold_constants(fold_shapes=not partial, flatten_subgraphs=not forked, error_ok=True)
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
         cleaned: ModelProto = gs.export_onnx(graph, do_type_check=False)
     except Exception:  # graphsurgeon gives up on rare graphs; the importer works on the raw ones too
@@ -143,6 +150,10 @@ class _Build:
         if name not in self.env:
             if name not in self.constants:
                 raise ModelError(f"tensor {name!r} is used but never made", hint="is the model file whole?")
+            if not has_torch_type(self.constants[name]):
+                raise UnsupportedError(
+                    f"constant {name!r} has the type {self.constants[name].dtype}, which torch lacks"
+                )
             target = self.fresh("const")
             self.root.register_buffer(target, tensor(self.constants[name]))
             self.env[name] = self.graph.create_node("get_attr", target, name=target)
@@ -268,6 +279,8 @@ def _build(model: ModelProto) -> fx.GraphModule:
     for spec in info.inputs:
         if any(isinstance(d, int) and d < 0 for d in spec.shape):
             raise ModelError(f"input {spec.name!r} declares a negative size")
+        if not has_torch_type(np.zeros(0, np.dtype(spec.dtype))):
+            raise ModelError(f"input {spec.name!r} has the type {spec.dtype}, which torch lacks")
     cleaned = clean(model)
     b = _begin(cleaned, info)
     info, unranked = _with_shapes(model, info, b)

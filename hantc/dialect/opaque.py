@@ -23,6 +23,15 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         yield from attr.graphs
 
 
+def forks(graph: GraphProto) -> Iterator[NodeProto]:
+    """Every If, in subgraphs too."""
+    for node in graph.node:
+        if node.op_type == "If":
+            yield node
+        for inner in subgraphs(node):
+            yield from forks(inner)
+
+
 def captured(node: NodeProto) -> list[str]:
     """Names that the node's subgraphs take from outside, in order of first use."""
     found: dict[str, None] = {}

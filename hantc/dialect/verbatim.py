@@ -11,7 +11,7 @@ from onnx import NodeProto
 from torch import Tensor, nn
 
 from hantc.core.errors import HantcError, UnsupportedError
-from hantc.dialect.leaf import Array, Leaf, OnnxNode, array, attributes, tensor
+from hantc.dialect.leaf import Array, Leaf, OnnxNode, array, attributes, has_torch_type, tensor
 from hantc.dialect.opaque import Opaque
 
 Result = Tensor | tuple[Tensor, ...]
@@ -43,13 +43,13 @@ class Verbatim(Opaque):
         self.function = function
         opset = opsets.get(node.domain, 0) or opsets.get("", 0)
         self.view = OnnxNode(node.op_type, attributes(node), opset, tuple(node.input), outputs=tuple(node.output))
-        self.fixed: dict[str, Tensor] = {}
+        self.fixed: dict[str, Any] = {}  # tensors, or arrays of types that torch lacks
         self.trained = nn.ParameterDict()
         for k, name in enumerate(node.input):
             if name not in constants or name in self.fixed:
                 continue
-            value = tensor(constants[name])
-            if k in function.weights and value.is_floating_point():
+            value = tensor(constants[name]) if has_torch_type(constants[name]) else constants[name]
+            if isinstance(value, Tensor) and k in function.weights and value.is_floating_point():
                 self.trained[str(k)] = nn.Parameter(value)
             else:
                 self.fixed[name] = value

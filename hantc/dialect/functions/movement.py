@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from hantc.core.errors import UnsupportedError
+from hantc.core.errors import ModelError
 from hantc.dialect.leaf import OnnxNode, tensor
 from hantc.dialect.shape import torch_dtype
 from hantc.dialect.verbatim import Function
@@ -29,10 +29,10 @@ def _size(n: OnnxNode, x: Tensor) -> Tensor:
 
 
 def _sizes(values: Tensor) -> list[int]:
-    """A computed shape; UnsupportedError for one that no memory holds."""
+    """A computed shape; ModelError for one that no memory holds."""
     dims: list[int] = [int(v) for v in values.reshape(-1).tolist()]
     if math.prod(abs(d) for d in dims) > _LARGEST:
-        raise UnsupportedError(f"a computed shape of {dims}")
+        raise ModelError(f"a shape of {dims} is asked for")
     return dims
 
 
@@ -45,16 +45,17 @@ def _range(n: OnnxNode, start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
     first, last, by = (v.item() for v in (start, limit, step))
     count = max(math.ceil((last - first) / by), 0)
     if count > _LARGEST:
-        raise UnsupportedError(f"a range of {count} numbers")
+        raise ModelError(f"a range of {count} numbers is asked for")
     return (start + step * torch.arange(count, dtype=start.dtype)).to(start.dtype)
 
 
 def _expand(n: OnnxNode, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(_sizes(shape)))).clone()
+    whole = torch.broadcast_shapes(x.shape, tuple(_sizes(shape)))
+    return x.expand(_sizes(torch.tensor(whole))).clone()
 
 
 def _tile(n: OnnxNode, x: Tensor, repeats: Tensor) -> Tensor:
-    _sizes(repeats)
+    _sizes(torch.tensor([x.numel(), *repeats.tolist()]))
     return x.repeat(*repeats.tolist()) if x.dim() else x.clone()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hantc.core.errors import UnsupportedError
+from hantc.core.errors import ModelError, UnsupportedError
 from hantc.dialect.leaf import Array, OnnxNode
 from hantc.dialect.verbatim import Function
 
@@ -136,7 +136,7 @@ def _resized(n: OnnxNode, x: Tensor, roi: Tensor | None, scales: Tensor | None, 
     axes = [a % x.dim() for a in n.attrs.get("axes", range(x.dim()))]
     targets = _targets(n, x, axes, scales, sizes)
     if math.prod(t for t, _ in targets) > _LARGEST:
-        raise UnsupportedError(f"Resize to {[t for t, _ in targets]}")
+        raise ModelError(f"Resize to {[t for t, _ in targets]} is asked for")
     ends = roi.tolist() if roi is not None and roi.numel() else [0.0] * len(axes) + [1.0] * len(axes)
     cropping = n.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     for i, (axis, (out, scale)) in enumerate(zip(axes, targets, strict=True)):

@@ -1,0 +1,199 @@
+"""Checks of a model file, which is untrusted input, before anything of it is run: a graph that is none, sizes that no
+machine has, nesting and functions that grow without end. Nothing here runs a node or allocates by what the file says.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import onnx
+import onnx.shape_inference
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from hantc.core.errors import ModelError
+from hantc.dialect.opaque import captured, subgraphs
+
+LARGEST = 1 << 30  # elements of a tensor: 4 GiB in float32
+_DEEPEST = 16  # subgraphs within subgraphs; protobuf itself reads no more than 33
+_MOST_NODES = 1 << 20  # functions expanded
+_MOST_DIMS = 64
+_PROBE_S = 300
+_MOST_TURNS = 1 << 20  # of a Loop whose number of turns is a constant
+
+
+def check_untrusted(model: ModelProto) -> None:
+    """ModelError, with the node, tensor or function at fault, for what could not be imported or would take the
+    machine down: cycles, tensors made twice or never, more than `LARGEST` elements, functions that call themselves or
+    expand to a million nodes, loops with a million turns."""
+    _check_nodes(model.graph)
+    _check_functions(model)
+    names = {i.name for i in model.graph.initializer} | {i.values.name for i in model.graph.sparse_initializer}
+    _check_graph(model.graph, names | {i.name for i in model.graph.input}, 0)
+    _check_sizes(model)
+
+
+_PROBE = """
+import sys
+import onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 4
+try:
+    ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+except Exception:
+    pass
+"""
+
+
+def check_survives(model: ModelProto) -> None:
+    """ModelError if ONNX Runtime does not come back from loading the model: it has been seen to crash, which in this
+    process would leave nothing to report. An error of its own is for the backend to report."""
+    with tempfile.TemporaryDirectory(prefix="hantc-probe-") as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _PROBE, path], capture_output=True, timeout=_PROBE_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ModelError(f"ONNX Runtime is still loading it after {_PROBE_S} s") from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise ModelError(f"ONNX Runtime crashes on it ({name})", hint="report it to its makers, with the file")
+
+
+def _check_nodes(graph: GraphProto) -> None:
+    """protobuf hands out what is no UTF-8 as bytes."""
+    for node in graph.node:
+        if not all(isinstance(t, str) for t in (node.op_type, node.domain, node.name, *node.input, *node.output)):
+            raise ModelError("a node's names are no text", hint="is the model file whole?")
+        for attribute in node.attribute:
+            if attribute.name == "axis" and abs(attribute.i) > _MOST_DIMS:
+                raise ModelError(f"its axis is {attribute.i}", where=node.name or node.op_type)
+    values = [v.name for v in (*graph.input, *graph.output, *graph.initializer, *graph.value_info)]
+    if not all(isinstance(t, str) for t in (graph.name, *values)):
+        raise ModelError("a tensor's name is no text", hint="is the model file whole?")
+    dims = [d for v in (*graph.input, *graph.output, *graph.value_info) for d in v.type.tensor_type.shape.dim]
+    if not all(isinstance(d.dim_param, str) for d in dims):
+        raise ModelError("a dim's name is no text", hint="is the model file whole?")
+
+
+def _called(
+    nodes: Iterable[NodeProto], known: Mapping[tuple[str, str], FunctionProto], depth: int = 0
+) -> list[tuple[str, str]]:
+    """The functions that nodes call, as often as they do, those in subgraphs among them."""
+    found: list[tuple[str, str]] = []
+    if depth > _DEEPEST:
+        raise ModelError(f"subgraphs lie more than {_DEEPEST} deep", hint="is this a model?")
+    for node in nodes:
+        if (node.domain, node.op_type) in known:
+            found.append((node.domain, node.op_type))
+        for graph in subgraphs(node):
+            found += _called(graph.node, known, depth + 1)
+    return found
+
+
+def _check_functions(model: ModelProto) -> None:
+    known = {(f.domain, f.name): f for f in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(key: tuple[str, str], path: tuple[tuple[str, str], ...]) -> int:
+        if key in path:
+            raise ModelError(f"function {key[1]!r} calls itself", hint="ONNX has no recursion")
+        if key not in sizes:
+            if len(path) > _DEEPEST:
+                raise ModelError(f"functions call each other more than {_DEEPEST} deep", hint="is this a model?")
+            calls = _called(known[key].node, known)
+            sizes[key] = len(known[key].node) + sum(size(c, (*path, key)) for c in calls)
+        return sizes[key]
+
+    total = sum(size(c, ()) for c in _called(model.graph.node, known))
+    if total > _MOST_NODES:
+        raise ModelError(f"its functions expand to {total} nodes", hint="is this a model?")
+
+
+def _check_graph(graph: GraphProto, known: set[str], depth: int) -> None:
+    """Every tensor is made once, before it is used or after it, but not by itself."""
+    if depth > _DEEPEST:
+        raise ModelError(f"subgraphs lie more than {_DEEPEST} deep", hint="is this a model?")
+    made: dict[str, NodeProto] = {}
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name in made or name in known:
+                raise ModelError(f"tensor {name!r} is made twice", hint="is the model file whole?")
+            made[name] = node
+    needs = [{n for n in (*node.input, *captured(node)) if n in made} for node in graph.node]
+    missing = next((n for node in graph.node for n in node.input if n and n not in made and n not in known), "")
+    missing = missing or next((o.name for o in graph.output if o.name not in made and o.name not in known), "")
+    if missing and depth == 0:
+        raise ModelError(f"tensor {missing!r} is used but never made", hint="is the model file whole?")
+    places = {name: k for k, node in enumerate(graph.node) for name in node.output}
+    order = graphlib.TopologicalSorter({k: {places[n] for n in need} for k, need in enumerate(needs)})
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        node = graph.node[error.args[1][0]]
+        raise ModelError(
+            f"the graph has a cycle: {node.name or node.op_type!r} waits for its own result", hint="is the file whole?"
+        ) from error
+    for node in graph.node:
+        _check_turns(node, graph)
+        for inner in subgraphs(node):
+            names = {i.name for i in inner.input} | {i.name for i in inner.initializer}
+            _check_graph(inner, names, depth + 1)
+
+
+def _check_turns(node: NodeProto, graph: GraphProto) -> None:
+    """A Loop with a constant number of turns, and nothing else to end it, might be folded, that is run."""
+    if node.op_type != "Loop" or not node.input:
+        return
+    turns = next((i for i in graph.initializer if i.name == node.input[0]), None)
+    if turns is not None and _elements(turns) == 1 and int(numpy_helper.to_array(turns).reshape(())) > _MOST_TURNS:
+        raise ModelError("a Loop turns over a million times", where=node.name, hint="is this a model?")
+
+
+def _elements(tensor: TensorProto) -> int:
+    return math.prod(tensor.dims)
+
+
+def _check_sizes(model: ModelProto) -> None:
+    """No weight that the file does not hold, no tensor that no machine does, as far as inference can tell."""
+    for weight in model.graph.initializer:
+        if any(d < 0 for d in weight.dims) or _elements(weight) > LARGEST:
+            raise ModelError(
+                f"weight {weight.name!r} declares the shape {list(weight.dims)}", hint="is the file whole?"
+            )
+    for value in _typed(model):
+        dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.HasField("dim_value")]
+        if any(d < 0 for d in dims) or math.prod(dims) > LARGEST:
+            raise ModelError(
+                f"tensor {value.name!r} would have {math.prod(dims):.3g} elements (its shape is {dims})",
+                hint=f"hantc takes tensors of up to {LARGEST} elements",
+            )
+
+
+def _typed(model: ModelProto) -> list[onnx.ValueInfoProto]:
+    """Every tensor whose shape the file declares or inference finds. Weights go in as their shapes alone, for
+    inference copies the model twice; small integers stay, for they are shapes."""
+    light = ModelProto()
+    light.CopyFrom(model)
+    declared = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    del light.graph.initializer[:]
+    for weight in model.graph.initializer:
+        if weight.data_type == TensorProto.INT64 and _elements(weight) <= 64:
+            light.graph.initializer.append(weight)
+        elif weight.data_type:
+            light.graph.input.append(
+                onnx.helper.make_tensor_value_info(weight.name, weight.data_type, list(weight.dims))
+            )
+    try:
+        inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except Exception:  # what inference rejects may still run
+        return declared
+    return [*declared, *inferred.value_info, *inferred.output]
