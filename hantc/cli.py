@@ -18,6 +18,7 @@ from hantc.commands import (
     DONE,
     MISSED,
     MODEL_HELP,
+    REGION_HELP,
     config_of,
     machine_options,
     make_console,
@@ -96,6 +97,7 @@ def compile_parser() -> argparse.ArgumentParser:
     g.add_argument("--effort", choices=tuple(EFFORTS), default="standard", help=_EFFORT_HELP)
     g.add_argument("--time-limit", metavar="30m", help="spend at most about this long; default: the effort's")
     g.add_argument("--pool", choices=("sample", "whole"), default="sample", help=_POOL_HELP)
+    g.add_argument("--region", action="append", metavar="FROM:TO", help=REGION_HELP)
     g.add_argument("--recipe", choices=("hantc", "paper"), default="hantc", help=_RECIPE_HELP)
     g.add_argument("--memory", metavar="8G", help="RAM to stay below while training; default half of the machine's")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")

@@ -18,6 +18,7 @@ from hantc.core.errors import UsageError
 DONE, MISSED = 0, 1
 _PIPE_WIDTH = 160
 _NAMED = "timm:"
+REGION_HELP = "replace just this part as a whole: from behind node FROM to TO, as hantc regions --json names them"
 MODEL_HELP = "the trained network: an .onnx file, or timm:NAME, timm:NAME@FILE.safetensors, timm:NAME@random"
 _RUN = "a run folder, as --out named it"
 
@@ -121,6 +122,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
     """`hantc regions MODEL`."""
     p = make_parser("hantc regions", "What can be replaced in a model, and why the rest cannot.")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--region", action="append", default=[], metavar="FROM:TO", help=REGION_HELP)
     args = p.parse_args(argv)
     from dataclasses import asdict
     from tempfile import TemporaryDirectory
@@ -132,7 +134,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
 
     with TemporaryDirectory() as place:
         network = import_file(model_file(args.model, Path(place)))
-    found = match_regions(normalize(network)[0])
+    found = match_regions(normalize(network)[0], named=args.region)
     return show(args, lambda: asdict(found), lambda: regions_table(found))
 
 

@@ -20,10 +20,16 @@ from hantc.dialect.linear import Linear, MatMul
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.pool import GlobalPool, Pool
 from hantc.dialect.shape import Concat
+from hantc.dialect.verbatim import Verbatim
+from hantc.passes.asked import asked_for
 from hantc.passes.state import Context, State
 
 _SOURCE, _SINK = "<source>", "<sink>"
 _DEEP = 20  # atoms
+_TAILS = frozenset(  # activations and norms that have no leaf of their own
+    {"Gelu", "Mish", "Elu", "Celu", "Selu", "PRelu", "ThresholdedRelu", "Swish",
+     "InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "LRN"}
+)  # fmt: skip
 _BATCH = 2  # shapes are inferred at this batch, so that a dim that follows the batch shows
 
 
@@ -43,8 +49,8 @@ class _Element:
 class Matcher:
     """Finds regions of one graph with dominators and post-dominators."""
 
-    def __init__(self, module: fx.GraphModule, *, max_span: int | None = None) -> None:
-        self.module, self.max_span = module, max_span
+    def __init__(self, module: fx.GraphModule, *, max_span: int | None = None, named: Sequence[str] = ()) -> None:
+        self.module, self.max_span, self.named = module, max_span, named
         self.shapes = shapes_of(module, example_inputs(module.meta["info"], _BATCH))
         self.order = {n.name: i for i, n in enumerate(module.graph.nodes)}
         self.nodes = {n.name: n for n in module.graph.nodes}
@@ -100,6 +106,8 @@ class Matcher:
         if not e.simple:
             return False
         leaf = self.leaf(e.exit)
+        if isinstance(leaf, Verbatim):
+            return leaf.proto.op_type in _TAILS
         return isinstance(leaf, BatchNorm) or bool(activation_name(leaf))
 
     def _is_gate(self, e: _Element) -> bool:
@@ -153,10 +161,25 @@ class Matcher:
             return "inverted_residual"
         return "residual"
 
-    def group(self, es: list[_Element]) -> list[tuple[str, list[_Element]]]:
-        """Elements → (kind, elements) blocks in order; kind "" for what is no region."""
+    def blocks(self, es: list[_Element]) -> list[tuple[str, list[_Element]]]:
+        """`group`, but for the regions that were asked for by name, which stay as they are."""
+        ranges = asked_for(self.named, self.module, [(e.entry, e.exit) for e in es])
+        found: list[tuple[str, list[_Element]]] = []
+        at = 0
+        for begin, end in ranges:
+            whole = _Element(es[begin].entry, es[end - 1].exit, tuple(n for e in es[begin:end] for n in e.nodes))
+            found += [*self.group(es[at:begin], self._has_conv(es[:at])), (self._composite_kind(whole), es[begin:end])]
+            at = end
+        return found + self.group(es[at:], self._has_conv(es[:at]))
+
+    def _has_conv(self, es: list[_Element]) -> bool:
+        return any(isinstance(m, Conv) for e in es for m in self.leaves(e.nodes))
+
+    def group(self, es: list[_Element], seen_conv: bool = False) -> list[tuple[str, list[_Element]]]:
+        """Elements → (kind, elements) blocks in order; kind "" for what is no region. `seen_conv`: whether there is
+        a convolution before them."""
         blocks: list[tuple[str, list[_Element]]] = []
-        i, seen_conv = 0, False
+        i = 0
         while i < len(es):
             e = es[i]
             has_product = any(isinstance(m, (Conv, Linear, MatMul)) for m in self.leaves(e.nodes))
@@ -172,7 +195,7 @@ class Matcher:
                         end += 1  # a stem's pooling goes with it
                     elif seen_conv and conv is not None and max(conv.stride) > 1:
                         kind = "downsample"
-            seen_conv = seen_conv or any(isinstance(m, Conv) for m in self.leaves(e.nodes))
+            seen_conv = seen_conv or self._has_conv([e])
             blocks.append((kind, es[i:end]))
             i = end
         return blocks
@@ -224,7 +247,7 @@ class Matcher:
     def match(self) -> MatchResult:
         """All regions: atoms in order, then what joins neighbouring atoms."""
         atoms: list[tuple[Region, list[_Element]]] = []
-        for kind, es in self.group(self.elements()):
+        for kind, es in self.blocks(self.elements()):
             if not kind:
                 self._reject(es, self._why_not(es))
                 continue
@@ -286,10 +309,11 @@ class Matcher:
         return merged
 
 
-def match_regions(module: fx.GraphModule, *, max_span: int | None = None) -> MatchResult:
+def match_regions(module: fx.GraphModule, *, max_span: int | None = None, named: Sequence[str] = ()) -> MatchResult:
     """Regions of a graph module of leaves (DESIGN §5); spans join up to `max_span` neighbouring blocks (by
-    default three, in deep networks two: their pairs alone double the candidates)."""
-    return Matcher(module, max_span=max_span).match()
+    default three, in deep networks two: their pairs alone double the candidates). `named`: regions that are wanted
+    just so, as "FROM:TO" (see `asked_for`, which also raises UsageError)."""
+    return Matcher(module, max_span=max_span, named=named).match()
 
 
 class Match:
@@ -302,6 +326,6 @@ class Match:
     def call(self, state: State, ctx: Context) -> State:
         """Find the regions of the normalized network."""
         assert state.network is not None
-        found = match_regions(state.network)
+        found = match_regions(state.network, named=ctx.config.region)
         ctx.reporter.event("match", regions=len(found.regions), atoms=found.n_atoms, rejected=len(found.rejections))
         return replace(state, match=found)

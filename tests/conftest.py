@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,3 +210,47 @@ def attempt(cli: Callable[..., Result], tiny: Tiny, tmp_path: Path) -> Callable[
         return result
 
     return run
+
+
+class _Named(nn.Module):
+    """What the stand-in for timm makes: a convolution, a norm, a head."""
+
+    def __init__(self, num_classes: int = 7) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+        return out
+
+
+def _named(name: str, *, pretrained: bool, num_classes: int = 7) -> nn.Module:
+    if name == "net" and pretrained:
+        raise OSError("no network\nand more")
+    return _Named(num_classes)
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in with timm's interface: it is no dependency, and imports torchvision. `tools/bench/timm_coverage.py`
+    runs the real one."""
+    facts = {
+        "input_size": (3, 16, 16),
+        "interpolation": "bicubic",
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.2, 0.2),
+        "crop_pct": 0.8,
+    }
+    stand_in: Any = SimpleNamespace(
+        is_model=lambda name: name in ("net", "efficientnet_b0"),
+        list_models=lambda pattern: ["net"] if "n" in pattern else [],
+        create_model=_named,
+        get_pretrained_cfg_value=lambda name, key: "fc",
+        data=SimpleNamespace(resolve_model_data_config=lambda module: facts),
+        Net=_Named,
+        FACTS=facts,
+    )
+    monkeypatch.setitem(sys.modules, "timm", stand_in)
+    return stand_in

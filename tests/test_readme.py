@@ -77,6 +77,7 @@ def test_the_readme_has_commands() -> None:
     assert len(COMMAND_LINES) > len(COMMANDS) + 4 and len(EXAMPLES) == 2
 
 
+@pytest.mark.usefixtures("timm")
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_command(
     line: str, workplace: Path, compiles: list[CompileConfig], cli: Callable[..., Result], compiled: Compiled

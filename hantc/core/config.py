@@ -119,6 +119,7 @@ class CompileConfig(BaseModel):
     max_drop: float | None = None
     effort: Effort = "standard"
     time_limit: float | None = Field(default=None, gt=0)  # seconds
+    region: tuple[str, ...] = ()  # "FROM:TO": regions wanted just so
     recipe: Literal["hantc", "paper"] = "hantc"  # of training candidates
     pool: Literal["sample", "whole"] = "sample"  # of a region's scratch candidates: which are measured and trained
     memory: int | None = Field(default=None, ge=1 << 28)  # bytes that training may fill; None: half of the machine's

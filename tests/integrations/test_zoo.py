@@ -1,85 +1,43 @@
-"""Models by timm's names. timm itself is no dependency: a stand-in with its interface takes its place here, and
-`tools/bench/timm_coverage.py` runs the real one."""
+"""Models by timm's names, made by the stand-in `timm` of conftest."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from hantc.core.errors import ModelError, UsageError
 from hantc.dialect.importer import import_file
 from hantc.integrations.zoo import Wanted, export_named, preprocessing
 
-FACTS = {
-    "input_size": (3, 16, 16),
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.2, 0.2),
-    "crop_pct": 0.8,
-}
 
-
-class Net(nn.Module):
-    """A convolution, a norm, a head."""
-
-    def __init__(self, num_classes: int = 7) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
-        return out
-
-
-def create_model(name: str, *, pretrained: bool, num_classes: int = 7) -> nn.Module:
-    if pretrained:
-        raise OSError("no network\nand more")
-    return Net(num_classes)
-
-
-@pytest.fixture(autouse=True)
-def timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in: Any = SimpleNamespace(
-        is_model=lambda name: name == "net",
-        list_models=lambda pattern: ["net"] if "n" in pattern else [],
-        create_model=create_model,
-        get_pretrained_cfg_value=lambda name, key: "fc",
-        data=SimpleNamespace(resolve_model_data_config=lambda module: FACTS),
-    )
-    monkeypatch.setitem(sys.modules, "timm", stand_in)
-
-
-def test_untrained(tmp_path: Path) -> None:
+def test_untrained(timm: Any, tmp_path: Path) -> None:
     path = export_named("timm:net@random", tmp_path)
     assert path == tmp_path / "net.onnx"
     module = import_file(path)
     torch.manual_seed(0)
     x = torch.randn(3, 3, 16, 16)  # any batch
     torch.manual_seed(0)
-    assert torch.allclose(module(x), Net().eval()(x), atol=1e-5)
+    assert torch.allclose(module(x), timm.Net().eval()(x), atol=1e-5)
     made = json.loads((tmp_path / "net.preprocess.json").read_text())
     assert made["resize"] == 20 and made["crop"] == [16, 16] and made["mean"] == [0.5, 0.4, 0.3]
 
 
-def test_weights_of_a_file_bring_their_number_of_classes(tmp_path: Path) -> None:
-    net = Net(3).eval()
+def test_weights_of_a_file_bring_their_number_of_classes(timm: Any, tmp_path: Path) -> None:
+    net = timm.Net(3).eval()
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     x = torch.randn(2, 3, 16, 16)
     module = import_file(export_named(f"timm:net@{tmp_path / 'w.safetensors'}", tmp_path))
     assert torch.allclose(module(x), net(x), atol=1e-5)
 
 
+@pytest.mark.usefixtures("timm")
 def test_an_export_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = export_named("timm:net@random", tmp_path)
     first = path.stat().st_mtime_ns
@@ -96,18 +54,21 @@ def test_an_export_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("timm:other", "no such model"),
     ],
 )
+@pytest.mark.usefixtures("timm")
 def test_wrong_names(tmp_path: Path, text: str, what: str) -> None:
     with pytest.raises(UsageError, match=what):
         export_named(text, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("timm")
 def test_no_network(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no network") as caught:
         export_named("timm:net", tmp_path)
     assert "timm:net@random" in caught.value.hint and "\n" not in caught.value.message
 
 
+@pytest.mark.usefixtures("timm")
 def test_weights_of_another_model(tmp_path: Path) -> None:
     save_file({"stem": torch.zeros(3)}, tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match="Error"):
@@ -126,6 +87,6 @@ def test_names_are_parsed() -> None:
     assert Wanted.parse("timm:a@random") == Wanted("a", "random")
 
 
-def test_preprocessing_without_a_crop() -> None:
-    made = preprocessing({**FACTS, "crop_pct": 1.0})
+def test_preprocessing_without_a_crop(timm: Any) -> None:
+    made = preprocessing({**timm.FACTS, "crop_pct": 1.0})
     assert made["resize"] == [16, 16] and "crop" not in made
