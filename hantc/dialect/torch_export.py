@@ -28,12 +28,13 @@ def export_module(module: nn.Module, example: Tensor) -> ModelProto:
         )
     training = module.training
     module.eval()
+    pair = example.repeat(2, *(1,) * (example.dim() - 1))  # torch.export takes a batch of 1 for a constant
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             torch.onnx.export(
                 module,
-                (example,),
+                (pair,),
                 str(path),
                 input_names=["input"],
                 output_names=["output"],
