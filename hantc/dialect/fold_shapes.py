@@ -117,6 +117,32 @@ def _fold_constants(module: fx.GraphModule, runs: list[Values], candidates: set[
             user.replace_input_with(node, folded)
 
 
+# operators that only move values, their further inputs saying how
+_MOVES = frozenset({"Reshape", "Gather", "GatherElements", "GatherND", "Slice", "Expand", "Transpose", "Squeeze"})
+
+
+def _skip_detours(module: fx.GraphModule, runs: Sequence[Values], shaped: set[fx.Node]) -> None:
+    """Take out moves that lead back to where they began: exporters write torch's `as_strided` as a Gather from the
+    flat value by indices computed from the batch, which hides from the matcher that all goes through one node.
+
+    Sound as far as the batches looked at go: nothing but moves lies between, where they lead is decided by shapes
+    alone, and no two elements of the value are equal, so that each is where it was.
+    """
+    for node in list(module.graph.nodes):
+        source = node
+        while _op(module, source) in _MOVES and all(n in shaped for n in source.all_input_nodes[1:]):
+            source = source.all_input_nodes[0]
+            if all(_nothing_moved(run.get(source), run.get(node)) for run in runs):
+                node.replace_all_uses_with(source)
+                break
+
+
+def _nothing_moved(before: Any, after: Any) -> bool:
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)) or before.shape != after.shape:
+        return False
+    return torch.equal(before, after) and before.unique().numel() == before.numel() > 1
+
+
 def _concrete(node: fx.Node, runs: Sequence[Values]) -> tuple[Dim, ...] | None:
     """Shape of a node's value; dims that differ between the runs are None."""
     values = [r.get(node) for r in runs]
@@ -173,6 +199,7 @@ def fold_shapes(module: fx.GraphModule) -> None:
         runs = [_run(module, info, b) for b in _batches(info)]
     except Exception:  # a graph that this input cannot run stays as it is; nothing is lost but native shapes
         return
+    _skip_detours(module, runs, candidates)
     _carry_batch(module, runs)
     _fold_constants(module, runs, candidates)
     for node in opaque:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from hantc.dialect.graph import leaf_of, node_named
 from hantc.dialect.shape import Reshape
@@ -112,3 +112,37 @@ def test_static_batch_view_runs_at_another_batch(models: Models) -> None:
     model = models.make([node("Relu", ["x"], ["a"]), *_view("a", "y")], {"x": [1, 4, 8, 8]}, {"y": [1, 256]}, CONSTANTS)
     trip = models.trip(model)
     assert trip.module(torch.zeros(4, 4, 8, 8)).shape == (4, 256)
+
+
+def _as_strided(models: Models, order: str) -> ModelProto:
+    """The mean of each map, flattened and gathered again by indices computed from the batch."""
+    nodes = [
+        node("ReduceMean", ["x", "spatial"], ["m"], keepdims=1),
+        node("Reshape", ["m", "minus"], ["flat"]),
+        node("Shape", ["x"], ["s"]),
+        node("Gather", ["s", "zero"], ["n"], axis=0),
+        node("Range", ["zero", "n", "one"], ["up"]),
+        node("Sub", ["n", "one"], ["top"]),
+        node("Sub", ["top", "up"], ["down"]),
+        node("Mul", [order, "four"], ["begin"]),
+        node("Unsqueeze", ["begin", "axes"], ["begin4"]),
+        node("Add", ["begin4", "channel"], ["at"]),
+        node("Gather", ["flat", "at"], ["g"], axis=0),
+        node("Relu", ["g"], ["y"]),
+    ]
+    constants = CONSTANTS | {
+        "one": np.array(1),
+        "four": np.array(4),
+        "axes": np.array([1, 2, 3]),
+        "spatial": np.array([2, 3]),
+        "channel": np.arange(4).reshape(1, 4, 1, 1),
+    }
+    return models.make(nodes, {"x": IMAGE}, {"y": ["N", 4, 1, 1]}, constants, opset=18)
+
+
+def test_a_detour_over_the_flat_value_is_taken_out(models: Models) -> None:
+    assert models.trip(_as_strided(models, "up"), batch=3).ops == ["ReduceMean", "Relu"]
+
+
+def test_a_move_that_turns_the_batch_around_stays(models: Models) -> None:
+    assert "Gather" in models.trip(_as_strided(models, "down"), batch=3).ops
