@@ -111,6 +111,10 @@ def prepare(
     data = _load_data(config, model, info, reporter)
     if data is None and measure_only:
         data = _stand_in(info)
+    if data is None and config.budget_memory is not None and not measure_only:
+        raise UsageError(
+            "needs --data: exact rewrites alone do not take less memory", where="--budget-memory", hint="give images"
+        )
     precisions = _precisions(config, target, capabilities, exact=data is None)
     store = Store(config.store)
     _begin(config, reporter)

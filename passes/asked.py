@@ -20,15 +20,17 @@ def asked_for(texts: Sequence[str], module: fx.GraphModule, chain: Sequence[Ends
     names them, or as the file names its nodes. UsageError where a name is unknown, where not every path from input to
     output passes it, where TO does not come after FROM, or two regions overlap.
     """
-    names = {n.name: n.name for n in module.graph.nodes}
-    names |= {str(n.meta["onnx_name"]): n.name for n in module.graph.nodes if n.meta.get("onnx_name")}
+    names = {str(n.meta["onnx_name"]): n.name for n in module.graph.nodes if n.meta.get("onnx_name")}
+    names |= {n.name: n.name for n in module.graph.nodes}
     begins = {entry: i for i, (entry, _) in enumerate(chain)}
     ends = {exit_: i + 1 for i, (_, exit_) in enumerate(chain)}
     found: list[tuple[int, int]] = []
     for text in texts:
-        first, colon, last = text.partition(":")
-        if not colon:
+        parts = text.split(":")
+        if len(parts) < 2:
             raise UsageError("is not FROM:TO", where=f"--region {text}", hint="hantc regions --json names the nodes")
+        cuts = [(":".join(parts[:k]), ":".join(parts[k:])) for k in range(1, len(parts))]  # names may hold colons
+        first, last = next((c for c in cuts if c[0] in names and c[1] in names), cuts[0])
         begin = _place(first, names, begins, text)
         end = _place(last, names, ends, text)
         if begin >= end:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import networkx as nx
 from torch import fx, nn
 
+from hantc.core.errors import UsageError
 from hantc.core.types import MatchResult, Region, Rejection
 from hantc.dialect.activation import activation_name
 from hantc.dialect.conv import Conv
@@ -55,6 +56,7 @@ class Matcher:
         self.order = {n.name: i for i, n in enumerate(module.graph.nodes)}
         self.nodes = {n.name: n for n in module.graph.nodes}
         self.rejections: list[Rejection] = []
+        self.asked: set[str] = set()  # last nodes of the regions of `named`
 
     # -- structure -----------------------------------------------------------------------------------------
     def _flow(self) -> Any:
@@ -165,7 +167,7 @@ class Matcher:
         """`group`, but for the regions that were asked for by name, which stay as they are."""
         ranges = asked_for(self.named, self.module, [(e.entry, e.exit) for e in es])
         found: list[tuple[str, list[_Element]]] = []
-        at = 0
+        at, self.asked = 0, {es[end - 1].exit for _, end in ranges}
         for begin, end in ranges:
             whole = _Element(es[begin].entry, es[end - 1].exit, tuple(n for e in es[begin:end] for n in e.nodes))
             found += [*self.group(es[at:begin], self._has_conv(es[:at])), (self._composite_kind(whole), es[begin:end])]
@@ -252,6 +254,9 @@ class Matcher:
                 self._reject(es, self._why_not(es))
                 continue
             made = self.region(kind, es, f"r{len(atoms):02d}", (len(atoms),))
+            asked = es[-1].exit in self.asked
+            if isinstance(made, str) and asked:
+                raise UsageError(f"cannot be a region: {made}", where=f"--region ...:{es[-1].exit}")
             if isinstance(made, str):
                 self._reject(es, made)
             else:
@@ -290,7 +295,7 @@ class Matcher:
                 run = atoms[i : i + length]
                 regions = [r for r, _ in run]
                 adjacent = all(a.output == b.input for a, b in itertools.pairwise(regions))
-                if not adjacent or any(r.kind not in spannable for r in regions):
+                if not adjacent or any(r.kind not in spannable or r.output in self.asked for r in regions):
                     continue
                 spatial = len(regions[0].in_shape) == 3 and len(regions[-1].out_shape) == 3
                 if spatial and regions[0].in_shape[1] <= 2 * regions[-1].out_shape[1]:

@@ -242,6 +242,7 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
         "mean": (0.5, 0.4, 0.3),
         "std": (0.2, 0.2, 0.2),
         "crop_pct": 0.8,
+        "crop_mode": "center",
     }
     stand_in: Any = SimpleNamespace(
         is_model=lambda name: name in ("net", "efficientnet_b0"),

@@ -52,6 +52,11 @@ def test_compile_exit_code_follows_the_status(compiled: Compiled) -> None:
     assert status in ("done", "budget_missed")  # which one is up to the machine's mood
 
 
+def test_memory_can_be_bounded_with_data_alone(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
+    result = cli(tiny.model, "--target", "roofline", "--budget-memory", "0.5", "--out", tmp_path / "run")
+    assert result.code == 2 and "--budget-memory: needs --data" in result.err
+
+
 def test_weights_and_products_can_be_bounded(tiny: Tiny, compiled: Compiled, cli: Cli, tmp_path: Path) -> None:
     """Together, and without a latency: the student keeps within both."""
     given = ("--target", "roofline", "--data", tiny.data, "--effort", "quick", "--time-limit", "3s", "--threads", "1")

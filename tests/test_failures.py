@@ -343,7 +343,7 @@ def test_broken_off_while_writing(
 
 
 def test_internal_errors_say_so(cli: Cli, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr("hantc.passes.match.match_regions", fail)

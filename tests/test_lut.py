@@ -136,6 +136,19 @@ def test_merged_halves_are_the_whole(compiled: Compiled, cli: Cli, tmp_path: Pat
     assert not {(s[0], s[1]) for s in made.table.skipped} & {(r, c) for r, c, _ in got}
 
 
+@pytest.mark.parametrize(("key", "value"), [("teacher_ms", 0.0), ("teacher_ms", "NaN"), ("row", -5.0), ("row", "NaN")])
+def test_figures_that_are_none(compiled: Compiled, cli: Cli, tmp_path: Path, key: str, value: float | str) -> None:
+    content = json.loads((compiled.folder / "lut.json").read_text())
+    if key == "row":
+        content["rows"][0]["latency_ms"] = float(value)
+    else:
+        content[key] = float(value)
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(content))
+    result = cli("lut", "show", path)
+    assert result.code == 2 and "holds a wrong entry" in result.err and str(path) in result.err
+
+
 def test_of_equal_rows_the_better_measured_stays(compiled: Compiled, tmp_path: Path) -> None:
     lut = read_lut(compiled.folder / "lut.json")
     more = tuple(replace(r, latency_ms=3.0, samples=r.samples + 1) for r in lut.table.rows)

@@ -7,6 +7,7 @@ digest alone). `hantc profile` writes such a file, and so does every run, as `lu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -88,6 +89,12 @@ def read_lut(path: Path) -> Lut:
         raise UsageError(f"holds a wrong entry, {place}: {first['msg']}", where=where, hint=hint) from e
     if not table.rows:
         raise UsageError("holds no rows", where=where, hint=hint)
+    if not (math.isfinite(table.teacher_ms) and table.teacher_ms > 0):
+        raise UsageError(f"holds a wrong entry, teacher_ms: {table.teacher_ms}", where=where, hint=hint)
+    for row in table.rows:
+        if not (math.isfinite(row.latency_ms) and row.latency_ms >= 0):
+            flaw = f"the latency of {row.candidate} in {row.region}: {row.latency_ms} ms"
+            raise UsageError(f"holds a wrong entry, {flaw}", where=where, hint=hint)
     return Lut(path, table, device)
 
 

@@ -26,8 +26,13 @@ def _div(a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
+def _pow(a: Tensor, b: Tensor) -> Tensor:
+    # the result has the base's type, an integer's power of a float too
+    return torch.pow(a, b).to(a.dtype)
+
+
 BINARY: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
-    {"Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": _div, "Pow": torch.pow}
+    {"Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": _div, "Pow": _pow}
 )
 
 
@@ -43,7 +48,10 @@ class Binary(Leaf):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Broadcast of a and b."""
-        return BINARY[self.op](signed(a), signed(b)).to(a.dtype)
+        try:
+            return BINARY[self.op](a, b)
+        except NotImplementedError:  # not asked beforehand: the forward must stay traceable
+            return BINARY[self.op](signed(a), signed(b)).to(a.dtype)
 
     @classmethod
     def parse(cls, node: OnnxNode) -> Binary:

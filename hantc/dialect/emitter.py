@@ -38,7 +38,9 @@ class _Emitter:
         self.gs_nodes: list[gs.Node] = []
         self.opaque: dict[str, tuple[NodeProto, dict[str, gs.Tensor]]] = {}
         self.made: dict[str, list[str]] = {}
-        self.apart: dict[str, Array] = {}  # constants of types that graphsurgeon does not write: integers below 8 bits
+        self.apart: dict[
+            str, Array
+        ] = {}  # constants of types that graphsurgeon does not write: strings, integers below 8 bits
         self.used: set[str] = set()
         self.scope = ""
         self.owner = ""
@@ -52,7 +54,7 @@ class _Emitter:
 
     def const(self, value: Array | Tensor, hint: str) -> gs.Constant:
         data = array(value) if isinstance(value, Tensor) else value
-        if not has_torch_type(data) and data.dtype.kind not in "OSU":
+        if not has_torch_type(data):
             made = gs.Variable(self.unique(f"{self.scope}.{hint}"))
             self.apart[made.name] = data
             return made

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from hantc.core.errors import UnsupportedError
 from hantc.core.types import ModelInfo
+from hantc.dialect.elementwise import Binary
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import leaf_of, tidy
 from hantc.dialect.leaf import Dim, OnnxNode, array, attributes, tensor
@@ -137,6 +138,24 @@ def _skip_detours(module: fx.GraphModule, runs: Sequence[Values], shaped: set[fx
                 break
 
 
+def _skip_expands(module: fx.GraphModule, runs: Sequence[Values]) -> None:
+    """Take out an Expand whose readers would broadcast just so (`y.expand_as(x) * x`): its shape follows the batch,
+    which ties the network's beginning to each of them."""
+    for node in [n for n in module.graph.nodes if _op(module, n) == "Expand"]:
+        readers = [(leaf_of(module, user), user) for user in node.users]
+        if all(isinstance(leaf, Binary) and _as_large(node, user, runs) for leaf, user in readers):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+
+
+def _as_large(node: fx.Node, reader: fx.Node, runs: Sequence[Values]) -> bool:
+    """Whether the reader's other operand has the shape that `node` has."""
+    others = [n for n in reader.all_input_nodes if n is not node]
+    values = [(run.get(node), run.get(other)) for run in runs for other in others]
+    return bool(values) and all(
+        isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape for a, b in values
+    )
+
+
 def _nothing_moved(before: Any, after: Any) -> bool:
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)) or before.shape != after.shape:
         return False
@@ -200,6 +219,7 @@ def fold_shapes(module: fx.GraphModule) -> None:
     except Exception:  # a graph that this input cannot run stays as it is; nothing is lost but native shapes
         return
     _skip_detours(module, runs, candidates)
+    _skip_expands(module, runs)
     _carry_batch(module, runs)
     _fold_constants(module, runs, candidates)
     for node in opaque:

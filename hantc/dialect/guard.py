@@ -34,7 +34,9 @@ def check_untrusted(model: ModelProto) -> None:
     expand to a million nodes, loops with a million turns."""
     _check_nodes(model.graph)
     _check_functions(model)
-    names = {i.name for i in model.graph.initializer} | {i.values.name for i in model.graph.sparse_initializer}
+    if model.graph.sparse_initializer:
+        raise ModelError("it holds sparse weights", hint="write them densely: hantc reads no others")
+    names = {i.name for i in model.graph.initializer}
     _check_graph(model.graph, names | {i.name for i in model.graph.input}, 0)
     _check_sizes(model)
 
@@ -154,8 +156,25 @@ def _check_turns(node: NodeProto, graph: GraphProto) -> None:
     if node.op_type != "Loop" or not node.input:
         return
     turns = next((i for i in graph.initializer if i.name == node.input[0]), None)
-    if turns is not None and _elements(turns) == 1 and int(numpy_helper.to_array(turns).reshape(())) > _MOST_TURNS:
+    if (
+        turns is not None
+        and _elements(turns) == 1
+        and _never_ends(node)
+        and int(numpy_helper.to_array(turns).reshape(())) > _MOST_TURNS
+    ):
         raise ModelError("a Loop turns over a million times", where=node.name, hint="is this a model?")
+
+
+def _never_ends(loop: NodeProto) -> bool:
+    """Whether the body hands the condition on as it came, or as a constant."""
+    for body in subgraphs(loop):
+        made = {o: n for n in body.node for o in n.output}
+        name = body.output[0].name if body.output else ""
+        while name in made and made[name].op_type == "Identity":
+            name = made[name].input[0]
+        if name in made and made[name].op_type != "Constant":
+            return False
+    return True
 
 
 def _elements(tensor: TensorProto) -> int:

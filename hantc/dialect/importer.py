@@ -48,6 +48,10 @@ def load_onnx(path: str | Path) -> ModelProto:
     for node in model.graph.node:  # an input left out at the end says no more than none, and crashes ONNX Runtime 1.31
         while node.input and not node.input[-1]:
             del node.input[-1]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value == -1:  # how some exporters write an open size
+                dim.Clear()
     try:
         check_untrusted(model)
     except ModelError as error:

@@ -45,6 +45,7 @@ class Verbatim(Opaque):
         self.view = OnnxNode(node.op_type, attributes(node), opset, tuple(node.input), outputs=tuple(node.output))
         self.fixed: dict[str, Any] = {}  # tensors, or arrays of types that torch lacks
         self.trained = nn.ParameterDict()
+        self._as_of: tuple[tuple[int, int], ...] = ()
         for k, name in enumerate(node.input):
             if name not in constants or name in self.fixed:
                 continue
@@ -86,7 +87,10 @@ class Verbatim(Opaque):
         return result
 
     def _by_onnxruntime(self, xs: tuple[Any, ...]) -> Any:
-        self.constants = self.held()
+        now = tuple((id(p), p._version) for p in self.parameters())
+        if now != self._as_of:  # sessions hold the weights as they were
+            self._sessions.clear()
+            self.constants, self._as_of = self.held(), now
         return super().forward(*xs)
 
     def _inputs(self, xs: tuple[Any, ...]) -> list[Any]:
@@ -138,4 +142,4 @@ def through_leaf(leaf: type[Leaf]) -> Function:
         result = torch.func.functional_call(made.eval(), live, args)
         return result
 
-    return Function(compute)
+    return Function(compute, weights=tuple(leaf.live.values()))

@@ -6,6 +6,7 @@ it is used. The file's preprocessing is written beside it, from timm's own recor
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 from dataclasses import dataclass
@@ -53,29 +54,41 @@ def export_named(text: str, folder: Path) -> Path:
     wanted = Wanted.parse(text)
     stem = wanted.name.replace("/", "_").replace(":", "_")
     path = folder / f"{stem}.onnx"
-    if _exported_from(path) == text:
+    beside, source = folder / f"{stem}.preprocess.json", _source(wanted, text)
+    if beside.is_file() and _exported_from(path) == source:
         return path
     timm = _timm(text)
     module = _made(timm, wanted, text)
     facts = timm.data.resolve_model_data_config(module)
     proto = export_module(module, torch.zeros(1, *facts["input_size"]))
-    proto.metadata_props.add(key=_SOURCE, value=text)
-    write_json(folder / f"{stem}.preprocess.json", preprocessing(facts))
+    proto.metadata_props.add(key=_SOURCE, value=source)
+    write_json(beside, preprocessing(facts))
     write_bytes(path, proto.SerializeToString())
     return path
+
+
+def _source(wanted: Wanted, text: str) -> str:
+    """What an export is known by: the name, and the content of a file of weights."""
+    if wanted.weights in ("", "random"):
+        return text
+    try:
+        return f"{text} {hashlib.sha256(Path(wanted.weights).read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=text) from error
 
 
 def preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
     """timm's data configuration in the keys of a preprocess.json."""
     _, height, width = facts["input_size"]
     share = facts["crop_pct"] or 1.0
-    resize = math.floor(min(height, width) / share)
+    squash = facts.get("crop_mode", "center") == "squash"  # the aspect is given up, else the shorter side leads
+    whole = [math.floor(height / share), math.floor(width / share)]
     return {
         "layout": "NCHW",
         "color": "RGB",
-        "resize": resize if share < 1 else [height, width],
+        "resize": whole if squash else min(whole),
         "interpolation": facts["interpolation"],
-        **({"crop": [height, width]} if share < 1 else {}),
+        "crop": [height, width],
         "scale": 1 / 255,
         "mean": list(facts["mean"]),
         "std": list(facts["std"]),

@@ -146,3 +146,25 @@ def test_a_detour_over_the_flat_value_is_taken_out(models: Models) -> None:
 
 def test_a_move_that_turns_the_batch_around_stays(models: Models) -> None:
     assert "Gather" in models.trip(_as_strided(models, "down"), batch=3).ops
+
+
+def test_an_expand_that_broadcasting_does_is_taken_out(models: Models) -> None:
+    """`gate.expand_as(x) * x`: the gate's shape is computed from x's."""
+    nodes = [
+        node("GlobalAveragePool", ["x"], ["m"]),
+        node("Sigmoid", ["m"], ["gate"]),
+        node("Shape", ["x"], ["s"]),
+        node("Expand", ["gate", "s"], ["wide"]),
+        node("Mul", ["wide", "x"], ["y"]),
+    ]
+    assert models.trip(models.make(nodes, {"x": IMAGE}, {"y": IMAGE})).ops == ["GlobalAveragePool", "Sigmoid", "Mul"]
+
+
+def test_an_expand_that_is_needed_stays(models: Models) -> None:
+    nodes = [
+        node("GlobalAveragePool", ["x"], ["m"]),
+        node("Shape", ["x"], ["s"]),
+        node("Expand", ["m", "s"], ["wide"]),
+        node("Mul", ["wide", "m"], ["y"]),
+    ]
+    assert "Expand" in models.trip(models.make(nodes, {"x": IMAGE}, {"y": IMAGE})).ops

@@ -143,6 +143,38 @@ def test_loop_without_end(models: Models, load: Loader) -> None:
         load(small(models, node("Loop", ["m", "t", "x"], ["y"], body=body), constants=constants))
 
 
+def test_loop_that_a_condition_ends(models: Models, load: Loader) -> None:
+    """How exporters write `while`: as many turns as there can be."""
+    i, c, v = (
+        helper.make_tensor_value_info(k, t, d)
+        for k, t, d in (("i", TensorProto.INT64, []), ("c", TensorProto.BOOL, []), ("v", TensorProto.FLOAT, [4]))
+    )
+    outs = [
+        helper.make_tensor_value_info("c2", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("v2", TensorProto.FLOAT, [4]),
+    ]
+    nodes = [node("Less", ["i", "three"], ["c2"]), node("Exp", ["v"], ["v2"])]
+    body = helper.make_graph(nodes, "body", [i, c, v], outs, [numpy_helper.from_array(np.array(3), "three")])
+    constants = {"m": np.array((1 << 63) - 1), "t": np.array(True)}
+    model = load(small(models, node("Loop", ["m", "t", "x"], ["y"], body=body), constants=constants))
+    assert model.graph.node[0].op_type == "Loop"
+
+
+def test_minus_one_is_an_open_size(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(small(models, node("Relu", ["x"], ["y"]), x=(-1, 4)).SerializeToString())
+    assert import_file(tmp_path / "m.onnx").meta["info"].inputs[0].shape[1] == 4
+
+
+def test_sparse_weights_are_refused_by_name(models: Models, load: Loader) -> None:
+    model = small(models, node("Add", ["x", "w"], ["y"]))
+    values = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([2]), "at"), [4])
+    )
+    with pytest.raises(ModelError, match="holds sparse weights"):
+        load(model)
+
+
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret", "link"])
 def test_external_data_stays_in_the_folder(models: Models, tmp_path: Path, location: str) -> None:
     """Nothing outside the model's folder is read, links out of it included."""

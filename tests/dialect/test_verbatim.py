@@ -131,6 +131,89 @@ def test_bfloat16_in_and_out(models: Models) -> None:
     assert torch.equal(import_model(model)(x), x.relu())
 
 
+@pytest.mark.parametrize(
+    ("op", "attrs"),
+    [
+        ("ReduceL2", {"keepdims": 1}),
+        ("LpPool", {"kernel_shape": [2, 2]}),
+        ("GlobalLpPool", {}),
+        ("MeanVarianceNormalization", {}),
+        ("LpNormalization", {"axis": 1}),
+        ("LRN", {"size": 3}),
+    ],
+)
+def test_gradients_at_zero_are_numbers(models: Models, op: str, attrs: dict[str, Any]) -> None:
+    """A dead channel must not end a training."""
+    module = import_model(models.make([node(op, ["x"], ["y"], **attrs)], {"x": IMAGE}, ["y"]))
+    x = torch.zeros(2, 4, 8, 8, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None and bool(torch.isfinite(x.grad).all())
+
+
+def test_attention_that_sees_nothing_has_gradients(models: Models) -> None:
+    inputs: dict[str, list[int | str | None]] = {k: [1, 2, 3, 4] for k in "qkv"}
+    mask = np.array([[False] * 3, [True] * 3, [True] * 3])
+    model = models.make([node("Attention", [*"qkv", "m"], ["y"])], inputs, ["y"], {"m": mask}, opset=23)
+    given = [torch.randn(1, 2, 3, 4, requires_grad=True) for _ in inputs]
+    out = import_model(model)(*given)
+    assert float(out[:, :, 0].detach().abs().sum()) == 0
+    out.square().sum().backward()
+    assert all(g.grad is not None and bool(torch.isfinite(g.grad).all()) for g in given)
+
+
+def test_onnxruntime_takes_the_weights_as_they_are_now(models: Models) -> None:
+    """stash_type 10 is not computed in torch."""
+    constants = {"s": models.weight(4), "b": models.weight(4)}
+    nodes = [node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=2, stash_type=10)]
+    module = import_model(models.make(nodes, {"x": IMAGE}, ["y"], constants, opset=21))
+    x = torch.randn(2, 4, 8, 8)
+    before = module(x)
+    assert opaque_leaves(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(3.0)
+    assert torch.allclose(module(x), 3 * before, atol=1e-4)
+    assert torch.allclose(import_model(emit(module).model)(x), module(x), atol=1e-4)
+
+
+def test_a_convolution_of_unknown_size_keeps_its_weights(models: Models) -> None:
+    nodes = [node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2])]
+    model = models.make(nodes, {"x": ["N", 3, "H", "W"]}, ["y"], {"w": models.weight(4, 3, 3, 3)})
+    module = import_model(model)
+    assert [tuple(p.shape) for p in module.parameters()] == [(4, 3, 3, 3)]
+    module(torch.randn(1, 3, 7, 8)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.3])
+@pytest.mark.parametrize("mode", ["linear", "cubic", "nearest"])
+@pytest.mark.parametrize("how", ["align_corners", "half_pixel", "pytorch_half_pixel", "asymmetric"])
+def test_resize_by_uneven_scales(models: Models, how: str, mode: str, scale: float) -> None:
+    """The output's size is rounded, and coordinates follow the rounded one, as torch's exporter means it."""
+    nodes = [node("Resize", ["x", "", "s"], ["y"], mode=mode, coordinate_transformation_mode=how)]
+    constants = {"s": np.array([1, 1, scale, scale], np.float32)}
+    assert models.trip(models.make(nodes, {"x": ["N", 2, 7, 5]}, ["y"], constants, opset=18)).opaque == []
+
+
+def test_padding_of_old_opsets(models: Models) -> None:
+    nodes = [node("Pad", ["x"], ["y"], mode="reflect", pads=[0, 1, 1, 1, 0, 1, 1, 1])]
+    assert models.trip(models.make(nodes, {"x": IMAGE}, ["y"], opset=9)).opaque == []
+
+
+def test_strings_survive(models: Models) -> None:
+    nodes = [node("Cast", ["x"], ["a"], to=TensorProto.STRING), node("Equal", ["a", "word"], ["y"])]
+    constants = {"word": np.array(["1"], object)}
+    model = models.make(nodes, {"x": ["N", 4]}, ["y"], constants, out_dtype=TensorProto.BOOL, opset=19)
+    emitted = emit(import_model(model)).model
+    assert bool(import_model(emitted)(torch.ones(2, 4)).all())
+
+
+@pytest.mark.parametrize(("start", "end"), [(-100, -200), (5, -200), (-1, -9), (100, 0)])
+def test_slices_backwards(models: Models, start: int, end: int) -> None:
+    constants = {"s": np.array([start]), "e": np.array([end]), "a": np.array([2]), "t": np.array([-1])}
+    assert models.trip(models.make([node("Slice", ["x", *"seat"], ["y"])], {"x": IMAGE}, ["y"], constants)).ops
+
+
 def test_verbatim_describes_itself(models: Models) -> None:
     leaf = next(m for m in _norm(models).modules() if isinstance(m, Verbatim))
     assert "InstanceNormalization" in repr(leaf)

@@ -89,4 +89,21 @@ def test_names_are_parsed() -> None:
 
 def test_preprocessing_without_a_crop(timm: Any) -> None:
     made = preprocessing({**timm.FACTS, "crop_pct": 1.0})
-    assert made["resize"] == [16, 16] and "crop" not in made
+    assert made["resize"] == 16 and made["crop"] == [16, 16]
+
+
+def test_preprocessing_that_squashes(timm: Any) -> None:
+    made = preprocessing({**timm.FACTS, "crop_mode": "squash"})
+    assert made["resize"] == [20, 20] and made["crop"] == [16, 16]
+
+
+@pytest.mark.usefixtures("timm")
+def test_new_weights_in_the_same_file(timm: Any, tmp_path: Path) -> None:
+    text, x = f"timm:net@{tmp_path / 'w.safetensors'}", torch.randn(2, 3, 16, 16)
+    for _ in range(2):
+        net = timm.Net(3).eval()
+        save_file(net.state_dict(), tmp_path / "w.safetensors")
+        assert torch.allclose(import_file(export_named(text, tmp_path))(x), net(x), atol=1e-5)
+    (tmp_path / "net.preprocess.json").unlink()
+    export_named(text, tmp_path)
+    assert (tmp_path / "net.preprocess.json").is_file()

@@ -62,6 +62,24 @@ def test_the_file_s_own_names_serve_too(network: fx.GraphModule) -> None:
     assert ("stem_act", "cact") in ends(network, "/layers/stem_act:/layers/cact")
 
 
+def test_the_dialect_s_names_go_first(network: fx.GraphModule) -> None:
+    """A file may call its second ReLU what the dialect calls the first."""
+    others = {"stem_act": "bact", "bact": "stem_act"}
+    for node in network.graph.nodes:
+        node.meta["onnx_name"] = others.get(node.name, "")
+    assert ends(network, "stem_act:bact") == ends(network)
+
+
+def test_names_with_colons(network: fx.GraphModule) -> None:
+    for node in network.graph.nodes:
+        node.meta["onnx_name"] = f"{node.name}:0"
+    assert ("stem_act", "cact") in ends(network, "stem_act:0:cact:0")
+
+
+def test_what_is_asked_for_is_not_joined_with_others(network: fx.GraphModule) -> None:
+    assert all(len(r.atoms) == 1 for r in match_regions(network, named=["stem_act:bact"]).regions if "bact" in r.nodes)
+
+
 @pytest.mark.parametrize(
     ("named", "what"),
     [

@@ -169,9 +169,10 @@ def _slice(
     along = axes.tolist() if axes is not None else list(range(len(first)))
     by = steps.tolist() if steps is not None else [1] * len(first)
     for a, b, axis, step in zip(first, last, along, by, strict=True):
+        if step < 0:  # a start before the first is taken for the first, and an end before it lets that one in
+            a = max(a, -x.shape[axis])
+            b = b if b >= -x.shape[axis] else None
         chosen = range(*slice(a, b, step).indices(x.shape[axis]))
-        if step < 0 and b < -x.shape[axis]:  # beyond the first: that one is included
-            chosen = range(slice(a, None, step).indices(x.shape[axis])[0], -1, step)
         x = torch.index_select(x, axis, torch.tensor(list(chosen), dtype=torch.int64))
     return x
 
@@ -187,8 +188,12 @@ def _mirrored(size: int, before: int, after: int, mode: str) -> list[int]:
     return [min(p % period, period - p % period) if size > 1 else 0 for p in places]
 
 
-def _pad(n: OnnxNode, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
-    mode, amounts = n.attrs.get("mode", "constant"), pads.tolist()
+def _pad(
+    n: OnnxNode, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
+) -> Tensor:
+    mode, amounts = n.attrs.get("mode", "constant"), list(n.attrs["pads"]) if pads is None else pads.tolist()
+    if pads is None and "value" in n.attrs:  # both were attributes before opset 11
+        value = torch.tensor(n.attrs["value"], dtype=x.dtype)
     along = [a % x.dim() for a in (axes.tolist() if axes is not None else range(x.dim()))]
     _sizes(torch.tensor([s + sum(amounts[i :: len(along)]) if d in along else s
                          for d, s in enumerate(x.shape) for i in [along.index(d) if d in along else 0]]))  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,7 +69,9 @@ def _mean_variance(n: OnnxNode, x: Tensor) -> Tensor:
     dims = tuple(n.attrs.get("axes", (0, 2, 3)))
     centred = x - x.mean(dims, keepdim=True)
     # as the standard's function body: the small number is added to the deviation
-    return centred / (centred.square().mean(dims, keepdim=True).sqrt() + 1e-9)
+    count = math.prod(x.shape[d] for d in dims)
+    deviation: Tensor = torch.linalg.vector_norm(centred, 2, dims, keepdim=True) / math.sqrt(count)
+    return centred / (deviation + 1e-9)
 
 
 def _local_response(n: OnnxNode, x: Tensor) -> Tensor:
@@ -101,5 +105,5 @@ FUNCTIONS: dict[str, Function] = {
     "LpNormalization": Function(_lp),
     "MeanVarianceNormalization": Function(_mean_variance),
     "LRN": Function(_local_response),
-    "BatchNormalization": Function(_batch),
+    "BatchNormalization": Function(_batch, weights=(1, 2)),
 }

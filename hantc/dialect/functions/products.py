@@ -86,7 +86,8 @@ def _bias(n: OnnxNode, q: Tensor, keys: int, mask: Tensor | None, past: int | No
 def _softmax(scores: Tensor, bias: Tensor, kind: torch.dtype) -> Tensor:
     """Over the last dim; rows that may see nothing are zero."""
     nothing = torch.isneginf(bias.amax(-1, keepdim=True))
-    weights = torch.softmax(scores.to(kind), -1)
+    # before the softmax too: where all is minus infinity its gradient is no number
+    weights = torch.softmax(torch.where(nothing, torch.zeros((), dtype=kind), scores.to(kind)), -1)
     return torch.where(nothing, torch.zeros((), dtype=kind), weights)
 
 
@@ -147,7 +148,7 @@ def _rotary(n: OnnxNode, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor 
 FUNCTIONS: dict[str, Any] = {
     "Gemm": Function(_gemm, weights=(1, 2)),
     "MatMul": Function(_matmul),
-    "Einsum": Function(_einsum),
+    "Einsum": Function(_einsum, weights=(0, 1, 2)),
     "Attention": Function(_attention),
     "RotaryEmbedding": Function(_rotary),
 }

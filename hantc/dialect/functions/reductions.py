@@ -14,6 +14,13 @@ from hantc.dialect.verbatim import Function
 Over = Callable[[Tensor, tuple[int, ...], bool], Tensor]
 
 
+def _norm(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
+    if not x.is_floating_point():
+        return torch.sum(x.square(), dims, keepdim=keep, dtype=x.dtype).sqrt().to(x.dtype)
+    size: Tensor = torch.linalg.vector_norm(x, 2, dims, keepdim=keep)  # whose gradient at zero is zero
+    return size
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -107,7 +114,7 @@ FUNCTIONS: dict[str, Function] = {
     "ReduceMin": reduce(_extreme(False)),
     "ReduceProd": reduce(_prod),
     "ReduceL1": reduce(_sum, torch.abs),
-    "ReduceL2": reduce(_sum, torch.square, torch.sqrt),
+    "ReduceL2": reduce(_norm, torch.abs),
     "ReduceLogSum": reduce(_sum, after=torch.log),
     "ReduceLogSumExp": reduce(_log_sum_exp),
     "ReduceSumSquare": reduce(_sum, torch.square),

@@ -21,21 +21,22 @@ _LARGEST = 1 << 28  # elements of a result
 
 
 def _coordinates(mode: str, out: int, size: int, scale: float, roi: tuple[float, float]) -> Array:
-    """Where in the input each output position lies (`coordinate_transformation_mode`)."""
-    y, length = np.arange(out, dtype=np.float64), scale * size
+    """Where in the input each output position lies (`coordinate_transformation_mode`), in float32 and from the whole
+    output's size, as ONNX Runtime and torch have it (the standard's text takes scale · size, rounded or not)."""
+    y, length, scale = np.arange(out, dtype=np.float32), float(out), float(np.float32(scale))
     if mode == "align_corners":
-        return y * (size - 1) / (length - 1) if length != 1 else np.zeros(out)
+        return y * np.float32(size - 1) / np.float32(length - 1) if length != 1 else np.zeros(out, np.float32)
     if mode in ("asymmetric", "tf_half_pixel_for_nn"):
-        return y / scale if mode == "asymmetric" else (y + 0.5) / scale
+        return y / np.float32(scale) if mode == "asymmetric" else (y + np.float32(0.5)) / np.float32(scale)
     if mode == "tf_crop_and_resize":
         wide = (roi[1] - roi[0]) * (size - 1)
         return roi[0] * (size - 1) + (y * wide / (length - 1) if length != 1 else np.full(out, wide / 2))
     if mode == "pytorch_half_pixel" and length == 1:
-        return np.full(out, -0.5)
+        return np.zeros(out, np.float32)
     if mode in ("half_pixel", "pytorch_half_pixel"):
-        return (y + 0.5) / scale - 0.5
+        return (y + np.float32(0.5)) / np.float32(scale) - np.float32(0.5)
     if mode == "half_pixel_symmetric":
-        return size / 2 * (1 - out / length) + (y + 0.5) / scale - 0.5
+        return size / 2 * (1 - out / (scale * size)) + (y + 0.5) / scale - 0.5
     raise UnsupportedError(f"Resize with coordinates {mode}")
 
 

@@ -70,7 +70,8 @@ def _average(n: OnnxNode, x: Tensor) -> Tensor:
 
 def _lp(n: OnnxNode, x: Tensor) -> Tensor:
     p = float(n.attrs.get("p", 2))
-    return _Windows.of(n, x)(x.abs() ** p, 0.0).sum(-1) ** (1.0 / p)
+    size: Tensor = torch.linalg.vector_norm(_Windows.of(n, x)(x, 0.0), p, -1)
+    return size
 
 
 def _global_lp(n: OnnxNode, x: Tensor) -> Tensor:
@@ -129,6 +130,8 @@ def _transposed_pads(n: OnnxNode, size: Sequence[int], kernel: Sequence[int]) ->
     before, after = [], []
     for s, k, d, st, e, w in zip(size, kernel, dilations, strides, extra, wanted, strict=True):
         total = st * (s - 1) + e + (k - 1) * d + 1 - w
+        if total < 0 and auto != "NOTSET":
+            raise UnsupportedError("ConvTranspose with auto_pad and a kernel smaller than its stride")
         half = total // 2 if auto == "SAME_UPPER" else total - total // 2
         half = max(half, 0) if total < 0 else half  # what is missing is added behind
         before.append(half)
