@@ -135,7 +135,7 @@ def cmd_compile(argv: Sequence[str]) -> int:
     """`hantc MODEL`."""
     args = compile_parser().parse_args(argv)
     args.out = args.out or named_out(args.model)
-    args.model = model_file(args.model, Path(args.out or "."))
+    args.model = model_file(args.model, Path(args.out or "."), quiet=args.json)
     config = config_of(args)
     from hantc.report.live import RichReporter
     from hantc.run import compile_config

@@ -78,15 +78,19 @@ def named_out(text: str) -> str | None:
     return f"{text.removeprefix(_NAMED).partition('@')[0].replace('/', '_')}.hantc" if text.startswith(_NAMED) else None
 
 
-def model_file(text: str, folder: Path) -> str:
+def model_file(text: str, folder: Path, *, quiet: bool) -> str:
     """The MODEL argument as a file: one of timm's is exported into `folder` first."""
     if not text.startswith(_NAMED):
         return text
     from hantc.inputs import check_folder
     from hantc.integrations.zoo import export_named
+    from hantc.report.live import RichReporter
 
     check_folder(folder, f"--out {folder}")
-    return str(export_named(text, folder))
+    with RichReporter(quiet=quiet).bar(f"exporting {text}", 1) as bar:
+        path = export_named(text, folder)
+        bar.advance()
+    return str(path)
 
 
 def config_of(args: argparse.Namespace) -> CompileConfig:
@@ -133,7 +137,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
     from hantc.report.regions import regions_table
 
     with TemporaryDirectory() as place:
-        network = import_file(model_file(args.model, Path(place)))
+        network = import_file(model_file(args.model, Path(place), quiet=args.json))
     found = match_regions(normalize(network)[0], named=args.region)
     return show(args, lambda: asdict(found), lambda: regions_table(found))
 
@@ -193,7 +197,7 @@ def cmd_profile(argv: Sequence[str]) -> int:
     check_folder(lut.absolute().parent, f"--lut {lut}")
     with TemporaryDirectory() as place:  # a run's log and graph dumps, which nobody asked for
         args.lut, args.out = None, place
-        args.model = model_file(args.model, Path(place) / "named")
+        args.model = model_file(args.model, Path(place) / "named", quiet=args.json)
         costs, device = profile_config(config_of(args), RichReporter(quiet=args.json))
     write_lut(lut, costs, device)
     if args.json:

@@ -119,7 +119,8 @@ def _fold_constants(module: fx.GraphModule, runs: list[Values], candidates: set[
 
 
 # operators that only move values, their further inputs saying how
-_MOVES = frozenset({"Reshape", "Gather", "GatherElements", "GatherND", "Slice", "Expand", "Transpose", "Squeeze"})
+_PICKS = frozenset({"Gather", "GatherElements", "GatherND"})
+_MOVES = _PICKS | {"Reshape", "Slice", "Expand", "Transpose", "Squeeze"}
 
 
 def _skip_detours(module: fx.GraphModule, runs: Sequence[Values], shaped: set[fx.Node]) -> None:
@@ -130,10 +131,11 @@ def _skip_detours(module: fx.GraphModule, runs: Sequence[Values], shaped: set[fx
     alone, and no two elements of the value are equal, so that each is where it was.
     """
     for node in list(module.graph.nodes):
-        source = node
+        source, picked = node, False  # a Reshape alone is for the rewrites to drop
         while _op(module, source) in _MOVES and all(n in shaped for n in source.all_input_nodes[1:]):
+            picked = picked or _op(module, source) in _PICKS
             source = source.all_input_nodes[0]
-            if all(_nothing_moved(run.get(source), run.get(node)) for run in runs):
+            if picked and all(_nothing_moved(run.get(source), run.get(node)) for run in runs):
                 node.replace_all_uses_with(source)
                 break
 
