@@ -146,3 +146,13 @@ def test_opaque_leaf_names_its_node_when_it_fails(models: Models) -> None:
 def test_opaque_leaf_describes_itself() -> None:
     leaf = Opaque(node("Mish", ["x"], ["y"]), ("x",), {}, {"": 18}, "no leaf for Mish")
     assert "Mish: no leaf for Mish" in repr(leaf)
+
+
+def test_strings_as_inputs(models: Models) -> None:
+    model = models.make(
+        [node("StringConcat", ["x", "z"], ["y"])], {"x": ["N"], "z": ["N"]}, ["y"], opset=20, dtype=TensorProto.STRING
+    )
+    module = import_model(model)
+    words = np.array(["a", "b"], object)
+    assert list(module(words, words)) == ["aa", "bb"]
+    assert emit(module).model.graph.node[0].op_type == "StringConcat"

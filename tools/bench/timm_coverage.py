@@ -116,8 +116,9 @@ def rewritten(network: fx.GraphModule, found: MatchResult) -> str:
 
 
 def close(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
-    """Equal up to float32's rounding over a deep network."""
-    return bool(np.abs(a - b).max() <= 1e-3 * max(1e-3, float(np.abs(a).max())))
+    """Equal up to float32's rounding over a deep network of random weights, which magnifies it: ONNX Runtime and torch
+    themselves are 6e-4 apart on EfficientNetV2."""
+    return bool(np.abs(a - b).max() <= 3e-3 * max(1e-3, float(np.abs(a).max())))
 
 
 def judge(name: str) -> dict[str, Any]:
