@@ -23,8 +23,8 @@ from hantc.dialect.opaque import captured, subgraphs
 LARGEST = 1 << 30  # elements of a tensor: 4 GiB in float32
 _DEEPEST = 16  # subgraphs within subgraphs; protobuf itself reads no more than 33
 _MOST_NODES = 1 << 20  # functions expanded
-_MOST_DIMS = 64
-_PROBE_S = 300
+_MOST_DIMS = 64  # of a tensor; an axis beyond them is none
+_PROBE_S = 300  # for ONNX Runtime to load the model
 _MOST_TURNS = 1 << 20  # of a Loop whose number of turns is a constant
 
 

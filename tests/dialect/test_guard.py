@@ -128,36 +128,28 @@ def test_graphs_within_graphs(models: Models, load: Loader) -> None:
         load(model)
 
 
+def _loop(*nodes: Any, weights: Any = ()) -> Any:
+    """A Loop over x whose body makes "c2", whether to go on, and "v2"."""
+    types = {"i": (TensorProto.INT64, []), "c": (TensorProto.BOOL, []), "v": (TensorProto.FLOAT, [4])}
+    ends = {k: helper.make_tensor_value_info(k, t, d) for k, (t, d) in types.items()}
+    outs = [helper.make_tensor_value_info(f"{k}2", *types[k]) for k in ("c", "v")]
+    body = helper.make_graph([*nodes, node("Exp", ["v"], ["v2"])], "body", list(ends.values()), outs, weights)
+    return node("Loop", ["m", "t", "x"], ["y"], body=body)
+
+
+ENDLESS = {"m": np.array((1 << 63) - 1), "t": np.array(True)}
+
+
 def test_loop_without_end(models: Models, load: Loader) -> None:
-    i, c, v = (
-        helper.make_tensor_value_info(k, t, d)
-        for k, t, d in (("i", TensorProto.INT64, []), ("c", TensorProto.BOOL, []), ("v", TensorProto.FLOAT, [4]))
-    )
-    outs = [
-        helper.make_tensor_value_info("c2", TensorProto.BOOL, []),
-        helper.make_tensor_value_info("v2", TensorProto.FLOAT, [4]),
-    ]
-    body = helper.make_graph([node("Identity", ["c"], ["c2"]), node("Exp", ["v"], ["v2"])], "body", [i, c, v], outs)
-    constants = {"m": np.array(1 << 60), "t": np.array(True)}
     with pytest.raises(ModelError, match="turns over a million times"):
-        load(small(models, node("Loop", ["m", "t", "x"], ["y"], body=body), constants=constants))
+        load(small(models, _loop(node("Identity", ["c"], ["c2"])), constants=ENDLESS))
 
 
 def test_loop_that_a_condition_ends(models: Models, load: Loader) -> None:
     """How exporters write `while`: as many turns as there can be."""
-    i, c, v = (
-        helper.make_tensor_value_info(k, t, d)
-        for k, t, d in (("i", TensorProto.INT64, []), ("c", TensorProto.BOOL, []), ("v", TensorProto.FLOAT, [4]))
-    )
-    outs = [
-        helper.make_tensor_value_info("c2", TensorProto.BOOL, []),
-        helper.make_tensor_value_info("v2", TensorProto.FLOAT, [4]),
-    ]
-    nodes = [node("Less", ["i", "three"], ["c2"]), node("Exp", ["v"], ["v2"])]
-    body = helper.make_graph(nodes, "body", [i, c, v], outs, [numpy_helper.from_array(np.array(3), "three")])
-    constants = {"m": np.array((1 << 63) - 1), "t": np.array(True)}
-    model = load(small(models, node("Loop", ["m", "t", "x"], ["y"], body=body), constants=constants))
-    assert model.graph.node[0].op_type == "Loop"
+    three = numpy_helper.from_array(np.array(3), "three")
+    model = small(models, _loop(node("Less", ["i", "three"], ["c2"]), weights=[three]), constants=ENDLESS)
+    assert load(model).graph.node[0].op_type == "Loop"
 
 
 def test_minus_one_is_an_open_size(models: Models, tmp_path: Path) -> None:

@@ -158,6 +158,11 @@ def main() -> int:
     parser.add_argument("models", nargs="*", metavar="FAMILY=MODEL")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    try:
+        import timm  # noqa: F401
+    except Exception as error:  # torchvision's import fails in many ways beside a CPU build of torch
+        print(f"timm_coverage.py: timm cannot be imported ({error}); --help says what it takes", file=sys.stderr)
+        return 0
     warnings.simplefilter("ignore")
     models = dict(m.split("=", 1) for m in options.models) or FAMILIES
     print("| family | model | forward equal | regions | conv MACs in regions | rewrite works |")
