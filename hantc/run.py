@@ -248,7 +248,8 @@ def compile(
     (0.5) or milliseconds ("8ms"). `target`: a name or a TOML file. Other options are those of the command line
     with underscores: `val`, `unlabelled`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds),
     `precision`, `pool`, `region` (a list of "FROM:TO"), `recipe`, `memory`, `backend`, `threads`,
-    `batch`, `lut`, `out`, `store`, `seed`; a module also takes `name`. Raises what the command line exits with: UsageError (2), BudgetError (1), HantcError (3).
+    `batch`, `lut`, `out`, `store`, `seed`; a module also takes `name`. Raises what the command line exits with:
+    UsageError (2), BudgetError (1), HantcError (3).
     """
     proto: ModelProto | None = None
     if isinstance(model, nn.Module):
