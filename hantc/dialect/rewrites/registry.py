@@ -10,6 +10,7 @@ from hantc.dialect.rewrites.fuse_act import ClipToRelu, FuseHardSwish, FuseSilu
 from hantc.dialect.rewrites.global_pool import MakeGlobalPool
 from hantc.dialect.rewrites.merge_branches import MergeBranches
 from hantc.dialect.rewrites.merge_convs import MergeConvs
+from hantc.dialect.rewrites.shortcut_conv import ShortcutConv
 
 # What clears the way comes first: a no-op between a convolution and its norm would keep them apart.
 REWRITES: tuple[Rewrite, ...] = (
@@ -18,6 +19,7 @@ REWRITES: tuple[Rewrite, ...] = (
     FuseSilu(),
     FuseHardSwish(),
     MakeGlobalPool(),
+    ShortcutConv(),
     FoldPad(),
     FoldNorm(),
     FoldAffine(),
