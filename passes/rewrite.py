@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from hantc.passes.assemble import Blueprint, build_student
-from hantc.passes.select import specs_of
+from hantc.passes.program import specs_of
 from hantc.passes.state import Context, State
 
 

@@ -9,25 +9,24 @@ from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
-from onnx import ModelProto
 
 from hantc.core.errors import BudgetError
-from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, Protocol, digest, untouched
-from hantc.dialect.emitter import emit
+from hantc.core.types import Choice, Correction, Plan, digest
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import observing
 from hantc.ops.registry import is_exact
-from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
+from hantc.passes.assemble import Blueprint, build_student, rounded_view
 from hantc.passes.bench import Bench
 from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import Judge, fast_layout, output_kind
 from hantc.passes.limits import Allowance, allowances, check_reachable
-from hantc.passes.meter import Meter
+from hantc.passes.program import make_problem, specs_of
 from hantc.passes.state import Context, Evaluated, State
+from hantc.passes.trials import Trial, corrected, measure_students, trials
 from hantc.search.explore import explore
 from hantc.search.ilp import solve, solve_diverse
 from hantc.search.pareto import reachable, solve_for_score
-from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
+from hantc.search.problem import Problem, Solution
 
 _GAP = 0.005
 _FINALISTS = 4  # of the explored students that are timed and judged
@@ -38,47 +37,10 @@ _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
-_VERSION = 13
+_VERSION = 14
 _CLEARLY = 0.95  # of the teacher's time: less than this is a gain, and no chance
-_UNUSABLE_MS = 1e8
 
 _Known = dict[tuple[int, ...], Evaluated]  # by the solution's items
-
-
-def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = ()) -> Problem:
-    """The integer program of DESIGN §2 over regions × candidates × precisions, with borders and `bounds`."""
-    assert state.match is not None and state.costs is not None and state.scores is not None
-    costs, match = state.costs.by_key(), state.match
-    sums, peaks = [b for b in bounds if b.adds_up], [b for b in bounds if not b.adds_up]
-    items = []
-    for row in state.scores:
-        cost = costs.get((row.region, row.candidate, row.precision))
-        if cost is None or row.dropped or cost.latency_ms >= _UNUSABLE_MS:
-            continue
-        if any(b.uses[row.region, row.candidate] > b.most for b in peaks):
-            continue
-        atoms = frozenset(match.region(row.region).atoms)
-        # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
-        score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
-        ms, uses = cost.latency_ms * state.costs.scale, tuple(b.uses[row.region, row.candidate] for b in sums)
-        items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
-    limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
-    problem = Problem(match.n_atoms, tuple(items), state.costs.glue_ms, budget_ms, _borders(match, state.costs), limits)
-    return clean(problem)[0]
-
-
-def _borders(match: MatchResult, costs: CostTable) -> tuple[Border, ...]:
-    pair = dict(costs.transitions)
-    atoms = [r for r in match.regions if len(r.atoms) == 1]
-    ends = {r.output: r.atoms[0] for r in atoms}
-    borders, fed = [], set()
-    for r in atoms:
-        left = ends.get(r.input)
-        fed.add(left)
-        borders.append(Border(left, r.atoms[0], 0.5 * costs.scale * pair.get(r.in_shape, 0.0)))
-    last = [r for r in atoms if r.atoms[0] not in fed]
-    borders += [Border(r.atoms[0], None, 0.5 * costs.scale * pair.get(r.out_shape, 0.0)) for r in last]
-    return tuple(borders)
 
 
 class Select:
@@ -104,33 +66,46 @@ class Select:
         problem = make_problem(state, self._aim(state, budget, bounds), bounds)
         solutions = self._solved(state, ctx, problem, ctx.effort.solutions)
         new = [s for s in solutions if s.items not in known]
-        known |= {s.items: e for s, e in zip(new, self._measure(state, ctx, problem, new), strict=True)}
+        known |= {s.items: e for s, e in zip(new, measure_students(state, ctx, problem, new), strict=True)}
         evaluated = self._judge(state, ctx, [known[s.items] for s in solutions])
         if ctx.config.max_drop is None:
             evaluated += self._explore(state, ctx, budget, bounds)
         best = self._best(evaluated, budget, ctx)
         assert state.costs is not None
-        solver = {"k": len(evaluated), "seconds": time.monotonic() - started, "scale": state.costs.scale}
+        correction = asdict(state.costs.correction)
+        solver = {
+            "k": len(evaluated),
+            "seconds": time.monotonic() - started,
+            "correction": correction,
+        }
         plan = replace(best.plan, budget_ms=budget, solver={**best.plan.solver, **solver})
         evaluated = [replace(e, chosen=e is best) for e in evaluated]
         ctx.store.put_json(
-            "plan", key, {"plan": asdict(plan), "scale": state.costs.scale, "evaluated": [asdict(e) for e in evaluated]}
+            "plan",
+            key,
+            {
+                "plan": asdict(plan),
+                "correction": correction,
+                "evaluated": [asdict(e) for e in evaluated],
+            },
         )
         return replace(state, plan=plan, evaluated=tuple(evaluated))
 
     def _corrected(
         self, state: State, ctx: Context, budget: float, bounds: Sequence[Allowance]
     ) -> tuple[State, _Known]:
-        """The state with costs scaled so that whole students take what the table says; and those measured with it."""
+        """The state with costs corrected until whole students take what the table says; and those measured last."""
+        seen: list[Trial] = []
         for _ in range(_ROUNDS):
             assert state.costs is not None
             problem = make_problem(state, self._aim(state, budget, bounds), bounds)
             probes = self._solved(state, ctx, problem, min(_PROBES, ctx.effort.solutions))
-            found = self._measure(state, ctx, problem, probes)
-            ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in found)[len(found) // 2]
+            new = measure_students(state, ctx, problem, probes)
+            ratio = sorted(e.measured_ms / e.plan.predicted_latency_ms for e in new)[len(new) // 2]
             if abs(ratio - 1) <= _CLOSE:
-                return state, {s.items: e for s, e in zip(probes, found, strict=True)}
-            state = replace(state, costs=_scaled(state.costs, ratio))
+                return state, {s.items: e for s, e in zip(probes, new, strict=True)}
+            seen += trials(state, new)
+            state = replace(state, costs=corrected(state.costs, seen))
         return state, {}
 
     def _solved(self, state: State, ctx: Context, problem: Problem, k: int) -> list[Solution]:
@@ -163,7 +138,7 @@ class Select:
     def _restore(state: State, stored: Mapping[str, Any]) -> State:
         assert state.costs is not None
         evaluated = tuple(Evaluated(**{**e, "plan": _plan(e["plan"])}) for e in stored["evaluated"])
-        costs = _scaled(state.costs, stored["scale"] / state.costs.scale)
+        costs = replace(state.costs, correction=Correction(**stored["correction"]))
         return replace(state, plan=_plan(stored["plan"]), evaluated=evaluated, costs=costs)
 
     @staticmethod
@@ -214,7 +189,7 @@ class Select:
         """The answer to a budget that is too small: what the fastest student takes, measured."""
         assert state.costs is not None
         fastest = solve(replace(problem, budget=1.001 * reachable(problem)[0]), gap=_GAP)
-        found = self._measure(state, ctx, problem, [fastest])[0]
+        found = measure_students(state, ctx, problem, [fastest])[0]
         teacher_ms, pace = state.costs.teacher_ms, state.costs.pace
         ms = max(found.measured_ms, found.plan.predicted_latency_ms)
         share = math.ceil(100 * _MARGIN * ms / _AIM / teacher_ms) / 100
@@ -225,37 +200,6 @@ class Select:
             where="--budget",
             hint=f"--budget {min(share, 1.0):g}, or --effort thorough for more candidates",
         )
-
-    def _measure(self, state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]) -> list[Evaluated]:
-        """Emit every solution as a real student and time it beside the teacher (or take the table's word)."""
-        assert state.network is not None and state.costs is not None and ctx.data is not None
-        if not solutions:
-            return []
-        if ctx.from_table:
-            made = [make_plan(state, problem, s) for s in solutions]
-            return [Evaluated(p, p.predicted_latency_ms, state.costs.teacher_ms, None, None) for p in made]
-        meter = Meter(ctx)
-        models: list[ModelProto] = [emit(state.network).model]
-        plans = []
-        for s in solutions:
-            plan = make_plan(state, problem, s)
-            blueprint = Blueprint.of(plan.choices)
-            student = build_student(state, blueprint, specs_of(state))
-            models.append(to_onnx(student, blueprint, ctx, calibration_feeds(student, ctx.data, 16, 16)))
-            plans.append(plan)
-        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=3, samples=25, min_sample_ms=12.0)
-        with ctx.reporter.bar(f"timing {len(plans)} students", 1.0) as bar:
-            # in pairs: in a round of ten a large teacher finds the caches cold each time, and looks slower than it is
-            pairs = []
-            for model in models[1:]:
-                pairs.append(meter.time([models[0], model], protocol))
-                bar.advance(1 / len(plans))
-        # figures are carried over to the table's own clock, in case the machine runs at another speed by now
-        wanted = state.costs.teacher_ms
-        return [
-            Evaluated(p, student.median_ms * wanted / teacher.median_ms, wanted, None, None)
-            for p, (teacher, student) in zip(plans, pairs, strict=True)
-        ]
 
     def _explore(self, state: State, ctx: Context, budget: float, bounds: Sequence[Allowance]) -> list[Evaluated]:
         """More selections, proposed by what whole students turned out to lose; the best few timed and judged."""
@@ -273,7 +217,7 @@ class Select:
             )
         ctx.reporter.event("explore", losses=[t.loss for t in trials])
         best = [t.solution for t in trials[:_FINALISTS]]
-        return self._judge(state, ctx, self._measure(state, ctx, problem, best))
+        return self._judge(state, ctx, measure_students(state, ctx, problem, best))
 
     def _judge(self, state: State, ctx: Context, evaluated: Sequence[Evaluated]) -> list[Evaluated]:
         """Divergence and accuracy of every student on the search split, rounded as it will run."""
@@ -307,50 +251,6 @@ class Select:
         if not fits:  # the fastest is the nearest to it
             return min(evaluated, key=lambda e: e.measured_ms)
         return min(fits, key=lambda e: e.loss if e.loss is not None and math.isfinite(e.loss) else math.inf)
-
-
-def specs_of(state: State) -> dict[str, CandidateSpec]:
-    """Specs of all proposals by candidate name."""
-    return {p.spec.name: p.spec for p in state.proposals or ()}
-
-
-def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
-    """A solution in the plan's terms, with each region's runner-up (least score among the unchosen)."""
-    assert state.match is not None and state.costs is not None
-    choices = []
-    for index in solution.items:
-        item = problem.items[index]
-        region = state.match.region(item.region)
-        others = [o for i, o in enumerate(problem.items) if o.region == item.region and i != index]
-        second = min(others, key=lambda o: (o.score, o.cost), default=None)
-        teacher = sum(
-            o.cost
-            for o in problem.items
-            if o.atoms <= item.atoms and len(o.atoms) == 1 and untouched(o.candidate, o.precision)
-        )
-        choices.append(
-            Choice(
-                region=item.region,
-                kind=region.kind,
-                candidate=item.candidate,
-                precision=item.precision,
-                score=item.score,
-                cost_ms=item.cost,
-                teacher_cost_ms=teacher,
-                runner_up=f"{second.candidate} {second.precision}" if second else "",
-            )
-        )
-    solver = {
-        "optimal": solution.optimal,
-        "gap": solution.gap if math.isfinite(solution.gap) else None,
-        "items": len(problem.items),
-    }
-    return Plan(tuple(choices), solution.cost, problem.budget, solution.score, solver)
-
-
-def _scaled(costs: CostTable, ratio: float) -> CostTable:
-    """Correct the table by what whole students measured over what it predicted."""
-    return replace(costs, scale=costs.scale * ratio, glue_ms=costs.glue_ms * ratio)
 
 
 def _unique(solutions: Sequence[Solution]) -> list[Solution]:

@@ -27,7 +27,7 @@ from hantc.cli import compile_parser, config_of, main
 from hantc.core.errors import HantcError
 from hantc.core.progress import Reporter
 from hantc.inputs import prepare
-from hantc.passes.select import make_problem
+from hantc.passes.program import make_problem
 from hantc.passes.state import State
 from hantc.pipeline import COMPILE, run_passes
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -89,8 +89,10 @@ def read_lut(path: Path) -> Lut:
         raise UsageError(f"holds a wrong entry, {place}: {first['msg']}", where=where, hint=hint) from e
     if not table.rows:
         raise UsageError("holds no rows", where=where, hint=hint)
-    if not (math.isfinite(table.teacher_ms) and table.teacher_ms > 0):
-        raise UsageError(f"holds a wrong entry, teacher_ms: {table.teacher_ms}", where=where, hint=hint)
+    factors = {f"correction.{k}": v for k, v in asdict(table.correction).items()}
+    for name, value in {"teacher_ms": table.teacher_ms, "scale": table.scale, "pace": table.pace, **factors}.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"holds a wrong entry, {name}: {value}", where=where, hint=hint)
     for row in table.rows:
         if not (math.isfinite(row.latency_ms) and row.latency_ms >= 0):
             flaw = f"the latency of {row.candidate} in {row.region}: {row.latency_ms} ms"

@@ -186,6 +186,17 @@ class CostRow:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What parts of a kind cost inside a network, over what the table says of them: fitted on measured students."""
+
+    own: float = 1.0  # regions left as they are
+    floats: float = 1.0  # replaced ones in the target's float precision
+    int8: float = 1.0
+    borders: float = 1.0  # between INT8 and floats
+    glue: float = 1.0  # outside every region
+
+
+@dataclass(frozen=True)
 class CostTable:
     """All costs a selection needs. `glue_ms`: what the network costs outside every region (measured teacher
     minus the sum of its regions). `transitions`: cost of a quantise/dequantise pair on a region border,
@@ -195,8 +206,9 @@ class CostTable:
     teacher_ms: float
     glue_ms: float
     transitions: tuple[tuple[Shape, float], ...] = ()
-    scale: float = 1.0  # in-network latency over stand-alone latency, fitted on measured networks
+    scale: float = 1.0  # the teacher's latency over its parts', where they alone take longer than the whole
     skipped: tuple[tuple[str, str, str, str], ...] = ()  # region, candidate, precision, reason
+    correction: Correction = Correction()
     pace: float = 1.0  # milliseconds of the clock on the wall, when the teacher was timed, in one of the table's
 
     def by_key(self) -> dict[tuple[str, str, str], CostRow]:

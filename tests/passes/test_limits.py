@@ -16,7 +16,7 @@ from hantc.dialect.emitter import emit
 from hantc.dialect.graph import count_macs, count_params, peak_activations, shapes_of
 from hantc.ops import registry
 from hantc.passes.limits import allowances, check_reachable
-from hantc.passes.select import make_problem
+from hantc.passes.program import make_problem
 from hantc.search.ilp import solve
 from tests.passes.conftest import BOTTLE, STACK
 

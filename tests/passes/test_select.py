@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hantc.core.config import Budget
 from hantc.core.errors import BudgetError
-from hantc.core.types import CandidateSpec, MatchResult, Plan, ScoreRow
-from hantc.passes.select import Select, make_problem
+from hantc.core.types import CandidateSpec, Correction, MatchResult, Plan, ScoreRow
+from hantc.passes.program import make_problem
+from hantc.passes.select import Select
 from hantc.passes.state import Context, Evaluated, State
+from hantc.passes.trials import measure_students
 from hantc.search.pareto import reachable
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(Select, "_measure", never)
+    monkeypatch.setattr("hantc.passes.select.measure_students", never)
 
 
 def test_the_same_question_is_answered_from_the_store(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,7 @@ def test_the_same_question_is_answered_from_the_store(lab: Lab, monkeypatch: pyt
     assert same == plan
     assert again.evaluated == first.evaluated
     assert first.costs is not None and again.costs is not None
-    assert again.costs.scale == first.costs.scale
+    assert again.costs == first.costs
     with pytest.raises(AssertionError, match="measured again"):
         select(lab.scored, lab.fresh(budget=Budget(fraction=0.6), store=ctx.store))
 
@@ -126,14 +128,14 @@ def test_the_table_is_corrected_by_a_few_students_and_none_is_timed_twice(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, slow: int
 ) -> None:
     asked: list[int] = []
-    measure = Select._measure
+    measure = measure_students
 
-    def counting(self: Select, *args: Any) -> list[Evaluated]:
+    def counting(*args: Any) -> list[Evaluated]:
         asked.append(len(args[-1]))
         off = slow if len(asked) == 1 else 1  # the first time, students take `slow` times what the table says
-        return [replace(e, measured_ms=off * e.plan.predicted_latency_ms) for e in measure(self, *args)]
+        return [replace(e, measured_ms=off * e.plan.predicted_latency_ms) for e in measure(*args)]
 
-    monkeypatch.setattr(Select, "_measure", counting)
+    monkeypatch.setattr("hantc.passes.select.measure_students", counting)
     state, _ = select(lab.scored, lab.fresh(budget=Budget(fraction=0.7), effort={"solutions": 6}))
     *probed, more, explored = asked
     assert len(probed) == slow
@@ -141,7 +143,11 @@ def test_the_table_is_corrected_by_a_few_students_and_none_is_timed_twice(
     assert probed[-1] + more <= 6
     assert len(state.evaluated) == probed[-1] + more + explored
     assert state.costs is not None and lab.scored.costs is not None
-    assert state.costs.scale == pytest.approx(slow * lab.scored.costs.scale)
+    assert state.costs.scale == lab.scored.costs.scale
+    if slow == 1:
+        assert state.costs.correction == Correction()
+    else:
+        assert max(astuple(state.costs.correction)) > 1.2
 
 
 def test_the_corrected_costs_are_the_same_from_the_store(lab: Lab) -> None:
@@ -150,8 +156,8 @@ def test_the_corrected_costs_are_the_same_from_the_store(lab: Lab) -> None:
     first, _ = select(state, ctx)
     again, _ = select(state, lab.fresh(budget=Budget(fraction=0.5), store=ctx.store))
     assert first.costs is not None and again.costs is not None
-    assert first.costs.scale != 0.5, "the table was corrected"
-    assert again.costs.glue_ms == pytest.approx(first.costs.glue_ms)
+    assert first.costs.correction != Correction(), "the table was corrected"
+    assert again.costs.correction == first.costs.correction
 
 
 def test_a_budget_out_of_reach_is_an_error_that_names_the_nearest(lab: Lab) -> None:

@@ -9,7 +9,7 @@ import pytest
 from onnx import ModelProto
 
 from hantc.core.types import CostRow, CostTable, MatchResult, Region, ScoreRow, Shape
-from hantc.passes.select import make_plan, make_problem
+from hantc.passes.program import make_plan, make_problem
 from hantc.passes.state import State
 from hantc.search.ilp import solve
 from hantc.search.problem import Border, Item

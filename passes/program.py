@@ -1,0 +1,112 @@
+"""The integer program of a state, and what its answers mean: DESIGN §2 over regions, candidates and precisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
+from hantc.passes.limits import Allowance
+from hantc.passes.state import State
+from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
+
+_UNUSABLE_MS = 1e8
+
+
+def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = ()) -> Problem:
+    """The integer program of DESIGN §2 over regions × candidates × precisions, with borders and `bounds`."""
+    assert state.match is not None and state.costs is not None and state.scores is not None
+    costs, match = state.costs.by_key(), state.match
+    sums, peaks = [b for b in bounds if b.adds_up], [b for b in bounds if not b.adds_up]
+    items = []
+    for row in state.scores:
+        cost = costs.get((row.region, row.candidate, row.precision))
+        if cost is None or row.dropped or cost.latency_ms >= _UNUSABLE_MS:
+            continue
+        if any(b.uses[row.region, row.candidate] > b.most for b in peaks):
+            continue
+        atoms = frozenset(match.region(row.region).atoms)
+        # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
+        score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
+        ms = _inside(state.costs, row.candidate, row.precision, cost.latency_ms)
+        uses = tuple(b.uses[row.region, row.candidate] for b in sums)
+        items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
+    limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
+    glue = state.costs.glue_ms * state.costs.correction.glue
+    problem = Problem(match.n_atoms, tuple(items), glue, budget_ms, _borders(match, state.costs), limits)
+    return clean(problem)[0]
+
+
+def _inside(costs: CostTable, candidate: str, precision: str, ms: float) -> float:
+    """What a part that takes `ms` alone takes in a network."""
+    factor: float = getattr(costs.correction, _kind(candidate, precision))
+    return ms * costs.scale * factor
+
+
+def _kind(candidate: str, precision: str) -> str:
+    """Which of `Correction`'s factors holds for a choice."""
+    return "own" if untouched(candidate, precision) else "int8" if precision == "int8" else "floats"
+
+
+def parts_of(costs: CostTable, plan: Plan) -> tuple[float, ...]:
+    """Milliseconds by kind, in the order of `Correction`'s fields, of a plan made from `costs`, uncorrected."""
+    now = asdict(costs.correction)
+    inside = dict.fromkeys(now, 0.0) | {"glue": costs.glue_ms * now["glue"]}
+    for c in plan.choices:
+        inside[_kind(c.candidate, c.precision)] += c.cost_ms
+    inside["borders"] = max(0.0, plan.predicted_latency_ms - sum(inside.values()))
+    return tuple(ms / now[kind] for kind, ms in inside.items())
+
+
+def _borders(match: MatchResult, costs: CostTable) -> tuple[Border, ...]:
+    pair = {s: 0.5 * costs.scale * costs.correction.borders * ms for s, ms in costs.transitions}
+    atoms = [r for r in match.regions if len(r.atoms) == 1]
+    ends = {r.output: r.atoms[0] for r in atoms}
+    borders, fed = [], set()
+    for r in atoms:
+        left = ends.get(r.input)
+        fed.add(left)
+        borders.append(Border(left, r.atoms[0], pair.get(r.in_shape, 0.0)))
+    last = [r for r in atoms if r.atoms[0] not in fed]
+    borders += [Border(r.atoms[0], None, pair.get(r.out_shape, 0.0)) for r in last]
+    return tuple(borders)
+
+
+def specs_of(state: State) -> dict[str, CandidateSpec]:
+    """Specs of all proposals by candidate name."""
+    return {p.spec.name: p.spec for p in state.proposals or ()}
+
+
+def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
+    """A solution in the plan's terms, with each region's runner-up (least score among the unchosen)."""
+    assert state.match is not None and state.costs is not None
+    choices = []
+    for index in solution.items:
+        item = problem.items[index]
+        region = state.match.region(item.region)
+        others = [o for i, o in enumerate(problem.items) if o.region == item.region and i != index]
+        second = min(others, key=lambda o: (o.score, o.cost), default=None)
+        teacher = sum(
+            o.cost
+            for o in problem.items
+            if o.atoms <= item.atoms and len(o.atoms) == 1 and untouched(o.candidate, o.precision)
+        )
+        choices.append(
+            Choice(
+                region=item.region,
+                kind=region.kind,
+                candidate=item.candidate,
+                precision=item.precision,
+                score=item.score,
+                cost_ms=item.cost,
+                teacher_cost_ms=teacher,
+                runner_up=f"{second.candidate} {second.precision}" if second else "",
+            )
+        )
+    solver = {
+        "optimal": solution.optimal,
+        "gap": solution.gap if math.isfinite(solution.gap) else None,
+        "items": len(problem.items),
+    }
+    return Plan(tuple(choices), solution.cost, problem.budget, solution.score, solver)

@@ -1,0 +1,68 @@
+"""Tables corrected by students."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from hantc.core.types import Correction, Plan
+from hantc.passes.program import make_plan, make_problem, parts_of
+from hantc.passes.state import Evaluated, State
+from hantc.passes.trials import corrected, trials
+from hantc.search.ilp import solve_diverse
+from hantc.search.problem import make_solution
+from tests.passes.test_program import chain, cost, score, state_of
+
+
+def plans(state: State) -> list[Plan]:
+    problem = make_problem(state, math.inf)
+    return [make_plan(state, problem, s) for s in solve_diverse(replace(problem, budget=5.5), 6)]
+
+
+def wide(scale: float = 1.0) -> State:
+    fast = [(cost(f"r0{i}", "cb_stack", "fp32", 1.2), score(f"r0{i}", "cb_stack", "fp32", 0.02)) for i in range(3)]
+    return state_of(chain(), fast, scale=scale)
+
+
+def test_a_plans_parts_add_up_to_its_latency() -> None:
+    state = wide(scale=0.9)
+    assert state.costs is not None
+    for correction in (Correction(), Correction(own=1.1, floats=0.9, int8=1.3, borders=2.0, glue=0.8)):
+        costs = replace(state.costs, correction=correction)
+        for plan in plans(replace(state, costs=costs)):
+            own, floats, int8, borders, glue = parts_of(costs, plan)
+            factors = correction
+            total = own * factors.own + floats * factors.floats + int8 * factors.int8
+            total += borders * factors.borders + glue * factors.glue
+            assert total == pytest.approx(plan.predicted_latency_ms)
+            assert glue == pytest.approx(0.5)
+
+
+def test_kinds_that_cost_more_in_networks_are_found() -> None:
+    """INT8 parts take 1.4 of what the table says, borders three times: the corrected table says so too."""
+    state = wide()
+    assert state.costs is not None
+    truth = Correction(int8=1.4, borders=3.0)
+    real = replace(state, costs=replace(state.costs, correction=truth))
+    problem, true_problem = make_problem(state, math.inf), make_problem(real, math.inf)
+    solutions = solve_diverse(replace(problem, budget=5.5), 6)
+    exact = [make_solution(true_problem, s.items, optimal=False, gap=math.inf).cost for s in solutions]
+    found = [
+        Evaluated(make_plan(state, problem, s), ms, state.costs.teacher_ms, None, None)
+        for s, ms in zip(solutions, exact, strict=True)
+    ]
+    costs = corrected(state.costs, trials(state, found))
+    assert costs.correction.borders > 1.5 and costs.correction.int8 > 1.1
+    after = make_problem(replace(state, costs=costs), math.inf)
+    for s, ms in zip(solutions, exact, strict=True):
+        before = abs(s.cost / ms - 1)
+        now = abs(make_solution(after, s.items, optimal=False, gap=math.inf).cost / ms - 1)
+        assert now <= max(before, 0.03)
+
+
+def test_correcting_by_nothing_changes_nothing() -> None:
+    state = wide()
+    assert state.costs is not None
+    assert corrected(state.costs, []) == state.costs
