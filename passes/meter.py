@@ -19,12 +19,14 @@ from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import HantcError
 from hantc.core.types import CostRow, Protocol, Shape, Timing, digest
 from hantc.dialect.half import to_fp16
-from hantc.dialect.replicate import replicate
+from hantc.dialect.qdq import QuantSpec
+from hantc.dialect.qdq_graph import opset_of
+from hantc.passes import frames
 from hantc.passes.state import Context
 
 _COPIES = 4
 _GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
-_VERSION = 6  # of the measuring method: rows measured otherwise are not reused
+_VERSION = 8  # of the measuring method: rows measured otherwise are not reused
 _CANARY = (48, 24, 24)  # channels, height, width: about a millisecond on two cores
 
 
@@ -38,33 +40,6 @@ class Work:
     chain: bool
     in_shape: Shape
     out_shape: Shape
-
-
-def _overhead_model(shape: Shape) -> ModelProto:
-    """The least a session can do with a tensor of `shape`: hand it through."""
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", *shape])
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "overhead", [x], [y])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def _border_model(shape: Shape, steps: int, *, quantised: bool) -> ModelProto:
-    """`steps` cheap float operations in a row (Abs, which no engine merges), with a quantise/dequantise pair
-    behind each on request."""
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])
-    scale = onnx.numpy_helper.from_array(np.array(0.03, np.float32), "scale")
-    zero = onnx.numpy_helper.from_array(np.array(128, np.uint8), "zero")
-    nodes, name = [], "x"
-    for i in range(steps):
-        nodes.append(helper.make_node("Abs", [name], [f"a{i}"]))
-        name = f"a{i}"
-        if quantised:
-            nodes.append(helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"q{i}"]))
-            nodes.append(helper.make_node("DequantizeLinear", [f"q{i}", "scale", "zero"], [f"d{i}"]))
-            name = f"d{i}"
-    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
-    graph = helper.make_graph(nodes, "border", [x], [y], [scale, zero] if quantised else [])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def _canary_model() -> ModelProto:
@@ -92,6 +67,7 @@ class Meter:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.protocol = Protocol(threads=ctx.threads, batch=ctx.config.batch, warmup=2, samples=12, min_sample_ms=1.0)
+        self.careful = replace(self.protocol, samples=25)  # for what is taken off many figures
         self.build_spec = BuildSpec(threads=ctx.threads, batch=ctx.config.batch)
         self.base: dict[str, object] = {
             "backend": ctx.backend.name,
@@ -153,7 +129,7 @@ class Meter:
         return timing, self.pace[-1]
 
     def rows(self, work: Sequence[Work], progress: Callable[[float], None] = lambda share: None) -> list[CostRow]:
-        """Figures for all of `work`: from the store, or timed in groups that share a shape. `progress` is told each
+        """Figures for all of `work`: from the store, or timed in groups that share a frame. `progress` is told each
         share that is done."""
         found, todo = self._found, dict[str, Work]()
         for w in work:
@@ -162,9 +138,10 @@ class Meter:
                 found[w.key] = stored
             else:
                 todo.setdefault(w.key, w)
-        groups: dict[tuple[Shape, Shape, bool], list[Work]] = {}
+        groups: dict[tuple[object, ...], list[Work]] = {}
         for w in todo.values():
-            groups.setdefault((w.in_shape, w.out_shape, w.chain), []).append(w)
+            same = (w.in_shape, w.out_shape, w.chain, w.row.precision, opset_of(w.model))
+            groups.setdefault(same, []).append(w)
         for group in groups.values():
             for i in range(0, len(group), _GROUP):
                 part = group[i : i + _GROUP]
@@ -175,32 +152,62 @@ class Meter:
         return [replace(w.row, **_figures(found[w.key])) for w in work]
 
     def _group(self, group: Sequence[Work]) -> dict[str, dict[str, object]]:
-        built, good = [self._build(_overhead_model(group[0].in_shape))], []
+        """Time works of the same shapes and precision in a frame, and take what the frame takes off."""
+        first = group[0]
+        quant, opset = self._quant(first.row.precision), opset_of(first.model)
+        around = frames.frame(first.in_shape, first.out_shape, quant, opset)
+        built, good = [self._build(frames.empty(first.in_shape, quant, opset))], []
         for w in group:
             try:
-                built.append(self._build(replicate(w.model, _COPIES, chain=w.chain)))
+                built.append(self._build(around.around(w.model, _COPIES, chain=w.chain)))
                 good.append(w)
             except HantcError as error:
                 self.ctx.reporter.event("unsupported", candidate=w.row.candidate, reason=error.message)
-        first, *timings = self._measure(built, self.protocol)
         results: dict[str, dict[str, object]] = {
             w.key: {"latency_ms": 1e9, "iqr_ms": 0.0, "samples": 0} for w in group if w not in good
         }
+        if not good:
+            return results
+        empty, *timings = self._measure(built, self.protocol)
+        fixed, each = empty.median_ms, 0.0
+        if not first.chain:
+            each = self._tail(first.out_shape, first.row.precision, opset)
+            fixed -= self._tail(first.in_shape, first.row.precision, opset)
         for w, t in zip(good, timings, strict=True):
-            net = max(1e-4, (t.median_ms - first.median_ms) / _COPIES)
+            net = max(1e-4, (t.median_ms - fixed) / _COPIES - each)
             results[w.key] = {"latency_ms": net, "iqr_ms": t.iqr_ms / _COPIES, "samples": t.samples}
             self.ctx.store.put_json("cost", w.key, results[w.key])
             self.measured += 1
         return results
 
+    def _quant(self, precision: str) -> QuantSpec | None:
+        return QuantSpec(reduce_range=self.ctx.capabilities.reduce_range) if precision == "int8" else None
+
+    def _tail(self, shape: Shape, precision: str, opset: int) -> float:
+        """Milliseconds of a frame's tail on a tensor of `shape`, 0 where none stands there."""
+        key = self.key(tail=shape, precision=precision, opset=opset)
+        found = self.ctx.store.get_json("border", key)
+        if found is None:
+            pair = frames.tails(shape, self._quant(precision), opset)
+            found = 0.0
+            if pair is not None:
+                one, many = self.time(pair[:2], self.careful)
+                found = max(0.0, (many.median_ms - one.median_ms) / pair[2])
+            self.ctx.store.put_json("border", key, found)
+        return float(found)
+
     def border(self, shape: Shape) -> float:
-        """Milliseconds of one quantise/dequantise pair on a tensor of `shape`."""
+        """Milliseconds of going from floats to INT8 and back, on a tensor of `shape`; 0 where no convolution does."""
         key = self.key(border=shape)
         found = self.ctx.store.get_json("border", key)
         if found is None:
-            models = [_border_model(shape, 4, quantised=q) for q in (False, True)]
-            plain, quantised = self.time(models)
-            found = max(0.0, (quantised.median_ms - plain.median_ms) / 4)
+            quant = self._quant("int8")
+            models = frames.borders(shape, quant) if quant is not None else None
+            found = 0.0
+            if models is not None:
+                plain, rounded, mixed = (t.median_ms for t in self.time(models, self.careful))
+                # five plain: 5 p; five rounded: 5 r and one pair; mixed: 3 p, 2 r and two pairs
+                found = max(0.0, (mixed - 0.6 * plain - 0.4 * rounded) / 1.6)
             self.ctx.store.put_json("border", key, found)
         return float(found)
 
