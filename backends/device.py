@@ -51,6 +51,13 @@ def has_vnni(device: Device) -> bool:
     return any(f in _VNNI for f in device.flags)
 
 
+def channel_block(device: Device) -> int:
+    """Channels in the blocks that ONNX Runtime holds float activations in, on x86: as many as a register has floats."""
+    if any(f.startswith("avx512") for f in device.flags):
+        return 16
+    return 8 if "avx2" in device.flags else 0
+
+
 def needs_reduced_range(device: Device) -> bool:
     """Whether INT8 weights must keep to 7 bits: x86 without VNNI adds pairs of u8·s8 products in saturating
     16 bits (`vpmaddubsw`), so full-range weights give wrong sums. ARM kernels do not saturate."""

@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto
 from pydantic import ValidationError
 
-from hantc.backends.device import needs_reduced_range
+from hantc.backends.device import channel_block, needs_reduced_range
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Backend, Capabilities
@@ -155,6 +155,8 @@ def _elsewhere(config: CompileConfig, here: Capabilities) -> tuple[Capabilities,
     # INT8 weights keep to 7 bits if either machine needs it: accuracy is checked here, and must hold there
     narrow = here.reduce_range or (here.measures and needs_reduced_range(lut.device))
     made = replace(here, device=lut.device, measures=False, notes=(*here.notes, note), reduce_range=narrow)
+    if here.channel_block:
+        made = replace(made, channel_block=channel_block(lut.device))
     return made, lut.table.rows[0].threads
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from hantc.core.backend_api import Feeds
 from hantc.core.types import CandidateSpec, Choice, digest
 from hantc.data.dataset import Dataset
+from hantc.dialect.anchors import anchored
 from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
 from hantc.dialect.half import overflowing, to_fp16
@@ -104,11 +105,16 @@ def deployable(model: ModelProto, ctx: Context, feeds: Sequence[Feeds]) -> Model
 
 
 def to_onnx(student: fx.GraphModule, blueprint: Blueprint, ctx: Context, feeds: Sequence[Feeds]) -> ModelProto:
-    """The student as one ONNX file; INT8 regions as QDQ with ranges from `feeds`."""
+    """The student as one ONNX file; INT8 regions as QDQ with ranges from `feeds`, the rest in the engine's layout."""
     regions = blueprint.int8
     emitted = emit(student, opset=MIN_OPSET if regions else None)
-    if not regions:
-        return emitted.model
-    nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
-    spec = QuantSpec(reduce_range=ctx.capabilities.reduce_range, calibration="robust")
-    return quantize(emitted.model, nodes, feeds, spec)
+    model = emitted.model
+    if regions:
+        nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
+        spec = QuantSpec(reduce_range=ctx.capabilities.reduce_range, calibration="robust")
+        model = quantize(model, nodes, feeds, spec)
+    if not ctx.capabilities.channel_block or ctx.base != "fp32":
+        return model
+    model, behind = anchored(model, ctx.capabilities.channel_block)
+    ctx.reporter.event("anchors", tensors=behind)
+    return model

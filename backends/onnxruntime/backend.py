@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 
-from hantc.backends.device import cpu_capabilities
+from hantc.backends.device import channel_block, cpu_capabilities
 from hantc.backends.feeds import timing_feeds
 from hantc.backends.timing import measure_artefacts
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
@@ -39,7 +39,8 @@ class OnnxRuntimeBackend:
 
     def capabilities(self) -> Capabilities:
         """FP32 and INT8 (QDQ) on this machine's CPU."""
-        return cpu_capabilities("ONNX Runtime", "onnxruntime", None if ort is None else ort.__version__)
+        here = cpu_capabilities("ONNX Runtime", "onnxruntime", None if ort is None else ort.__version__)
+        return replace(here, channel_block=channel_block(here.device))
 
     def supports(self, model: onnx.ModelProto) -> tuple[bool, str]:
         """Whether ONNX Runtime loads the model (graph optimisations off, so this is quick)."""
