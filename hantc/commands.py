@@ -315,10 +315,25 @@ def cmd_targets(argv: Sequence[str]) -> int:
 
 def cmd_doctor(argv: Sequence[str]) -> int:
     """`hantc doctor`."""
-    args = make_parser("hantc doctor", "What this machine can do.").parse_args(argv)
-    from hantc.report.doctor import doctor_data, doctor_table
+    p = make_parser(
+        "hantc doctor",
+        "What this machine can do. --calibrate measures its ceilings (multiplications and bytes a second), which the "
+        "roofline model predicts latencies by.",
+        epilog="  hantc doctor --calibrate --out here.toml    # ... then, on any machine:\n"
+        "  hantc model.onnx --target here.toml",
+    )
+    p.add_argument("--calibrate", action="store_true", help="measure the ceilings: some seconds, best left undisturbed")
+    p.add_argument("--backend", default="onnxruntime", metavar="B", help="engine to measure with; default onnxruntime")
+    p.add_argument("--out", metavar="FILE.toml", help="write the ceilings there, as a target")
+    args = p.parse_args(argv)
+    from hantc.report.doctor import calibrated, ceilings_table, doctor_data, doctor_table
 
-    return show(args, doctor_data, lambda: doctor_table(doctor_data()))
+    if not args.calibrate:
+        if args.out:
+            raise UsageError("is for --calibrate", where="--out", hint="hantc doctor --calibrate --out here.toml")
+        return show(args, doctor_data, lambda: doctor_table(doctor_data()))
+    data = calibrated(args.backend, Path(args.out) if args.out else None)
+    return show(args, lambda: data, lambda: ceilings_table(data))
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(

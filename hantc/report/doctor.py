@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hantc.backends.registry import available
+from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import targets
-from hantc.core.errors import HantcError
+from hantc.core.atomic import write_text
+from hantc.core.errors import HantcError, UsageError
+from hantc.passes.ceilings import measure_ceilings
 
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnx-graphsurgeon", "networkx", "pulp", "highspy")
 
@@ -61,6 +64,52 @@ def doctor_table(data: dict[str, Any]) -> RenderableType:
     for name, v in data["versions"].items():
         packages.add_row(name, v)
     return Group(machine, backends, packages)
+
+
+def calibrated(backend: str, out: Path | None) -> dict[str, Any]:
+    """The ceilings of this machine as `backend` reaches them, and as a target in TOML; written to `out` if one is
+    given. UsageError for an engine that cannot be timed here, or a file that cannot be written."""
+    if out is not None and (out.suffix != ".toml" or not out.absolute().parent.is_dir()):
+        raise UsageError("must be a .toml file in a folder that exists", where=f"--out {out}")
+    engine = get_backend(backend)
+    can = engine.capabilities()
+    if not (can.available and can.measures):
+        raise UsageError(f"cannot be timed here: {can.reason}", where=f"--backend {backend}")
+    found = measure_ceilings(engine, can.device.cores)
+    peaks = {f"peak_{precision}": value for precision, value in found.peaks}
+    facts = {
+        **peaks,
+        "bandwidth": found.bandwidth,
+        "bandwidth_max": found.bandwidth_max,
+        "op_overhead_s": found.op_overhead_s,
+        "parallel_efficiency": found.parallel_efficiency,
+    }
+    name = f"{can.device.cpu}, {backend}"
+    text = _as_target(name, found.cores, facts)
+    if out is not None:
+        write_text(out, text)
+    return {"name": name, "cores": found.cores, "ceilings": facts, "toml": text, "out": str(out) if out else None}
+
+
+def _as_target(name: str, cores: int, facts: dict[str, float]) -> str:
+    quoted = '"' + name.replace("\\", " ").replace('"', " ") + '"'
+    lines = "".join(f"{key} = {value:.4g}\n" for key, value in facts.items())
+    head = f'backend = "roofline"\nprecisions = ["fp32", "int8"]\nthreads = {cores}\n'
+    return f"# measured by hantc doctor --calibrate\n{head}\n[ceilings]\nname = {quoted}\n{lines}"
+
+
+def ceilings_table(data: dict[str, Any]) -> RenderableType:
+    """The same for the terminal."""
+    rows = Table(title=f"ceilings: {data['name']}", show_header=False)
+    c = data["ceilings"]
+    for precision in (k.removeprefix("peak_") for k in c if k.startswith("peak_")):
+        rows.add_row(f"peak {precision}, one core", f"{c['peak_' + precision] / 1e9:.1f} GFLOP/s")
+    rows.add_row("each further core adds", f"{100 * c['parallel_efficiency']:.0f} %")
+    rows.add_row("bytes, one core", f"{c['bandwidth'] / 1e9:.1f} GB/s")
+    rows.add_row(f"bytes, {data['cores']} core(s)", f"{c['bandwidth_max'] / 1e9:.1f} GB/s")
+    rows.add_row("starting an operation", f"{1e6 * c['op_overhead_s']:.1f} µs")
+    where = f"written to {data['out']}" if data["out"] else "--out FILE.toml writes it as a target"
+    return Group(rows, Text(where))
 
 
 def targets_data() -> list[dict[str, Any]]:
