@@ -1,0 +1,181 @@
+"""Predicted against measured: what the latency table says of whole students, and what the clock says.
+
+    python tools/bench/prediction.py MODEL.onnx ... [--selections 20] [--probes 6] [--json FILE] [--plot FILE.png]
+
+Each model's table is measured as a compilation without images would (random weights do: latency hardly depends on
+them). Then random selections, half of them in FP32, half of mixed precision, are built as real students and timed
+beside the teacher. Which regions change and into what is drawn among the candidates that are not slower than the
+teacher's own region: those that a compilation considers. `before`: the table as measured. `after`: the table corrected
+by `--probes` further random selections, as a compilation corrects it by the students that it times; these are not
+among the selections judged. Prints a row a model and kind; exit code 1 if a median error is above 5 %, or any above 15.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hantc.core.progress import Reporter
+from hantc.core.types import ScoreRow, Signature, untouched
+from hantc.inputs import make_config, prepare
+from hantc.ops.registry import build
+from hantc.passes.plug import origin_for
+from hantc.passes.program import make_problem, specs_of
+from hantc.passes.state import Context, State
+from hantc.passes.trials import corrected, measure_students, trials
+from hantc.pipeline import PROFILE, run_passes
+from hantc.report.live import RichReporter
+from hantc.search.problem import Problem, Solution, make_solution
+
+MEDIAN, WORST = 0.05, 0.15
+
+
+def draw(problem: Problem, rng: np.random.Generator, *, mixed: bool) -> Solution:
+    """A random exact cover: each region is left alone, or becomes one of the candidates that are not slower."""
+    at: dict[int, list[int]] = defaultdict(list)
+    own = {min(i.atoms): i.cost for i in problem.items if untouched(i.candidate, i.precision) and len(i.atoms) == 1}
+    for k, item in enumerate(problem.items):
+        quick = item.cost <= 1.02 * sum(own[a] for a in item.atoms)
+        if quick and (mixed or item.precision != "int8"):
+            at[min(item.atoms)].append(k)
+    share = rng.uniform(0.15, 1.0)  # of the regions that change: students of all speeds
+    picked, atom = [], 0
+    while atom < problem.n_atoms:
+        lone = [k for k in at[atom] if untouched(problem.items[k].candidate, problem.items[k].precision)]
+        others = [k for k in at[atom] if k not in lone]
+        k = int(rng.choice(others if others and rng.random() < share else lone))
+        picked.append(k)
+        atom = max(problem.items[k].atoms) + 1
+    return make_solution(problem, picked, optimal=False, gap=math.inf)
+
+
+def with_weights(state: State, ctx: Context, solutions: Sequence[Solution], problem: Problem) -> State:
+    """The state with random weights for all that is picked."""
+    assert state.network is not None and state.match is not None
+    specs, made = specs_of(state), dict(state.weights or {})
+    for s in solutions:
+        for item in (problem.items[i] for i in s.items):
+            key = (item.region, item.candidate)
+            if item.candidate != "teacher" and key not in made:
+                region = state.match.region(item.region)
+                origin = origin_for(specs[item.candidate], state.network, state.match, region)
+                torch.manual_seed(ctx.config.seed)
+                made[key] = build(specs[item.candidate], Signature.of(region), origin=origin).state_dict()
+    return replace(state, weights=made)
+
+
+def unscored(state: State) -> State:
+    """The state with a score of 0 for every row of the table: all may be picked."""
+    assert state.costs is not None
+    rows = [ScoreRow(r.region, r.candidate, r.precision, 0.0, 0.0, None, 1.0, 0.0) for r in state.costs.rows]
+    return replace(state, scores=tuple(rows))
+
+
+def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
+    """One record for every student of a model: what was predicted, before and after, and what it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = args.store or Path(folder) / "store"
+        options = {"target": args.target, "effort": args.effort, "out": Path(folder) / "out", "store": store}
+        state, ctx = prepare(make_config(model, **options, backend=args.backend), reporter, measure_only=True)
+        state, timings = run_passes(PROFILE, state, ctx)
+        reporter.event("table", seconds=timings["cost"])
+        state = unscored(state)
+        problem = make_problem(state, math.inf)
+        rng = np.random.default_rng(args.seed)
+        kinds = [False, True] if "int8" in ctx.precisions else [False]
+        records: list[dict[str, Any]] = []
+        drawn = [
+            (mixed, draw(problem, rng, mixed=mixed)) for mixed in kinds for _ in range(args.selections // len(kinds))
+        ]
+        probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
+        state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
+        found = measure_students(state, ctx, problem, probes)
+        assert state.costs is not None
+        costs = corrected(state.costs, trials(state, found))
+        fixed = make_problem(replace(state, costs=costs), math.inf)
+        for (mixed, s), e in zip(drawn, measure_students(state, ctx, problem, [s for _, s in drawn]), strict=True):
+            after = make_solution(fixed, s.items, optimal=False, gap=math.inf).cost
+            facts = {"model": Path(model).stem, "kind": "mixed" if mixed else "fp32", "teacher_ms": e.teacher_ms}
+            picks = [str(problem.items[i]) for i in s.items]
+            records.append({**facts, "before": s.cost, "after": after, "measured": e.measured_ms, "picks": picks})
+        return records
+
+
+def errors(records: Sequence[dict[str, Any]], when: str) -> list[float]:
+    """Relative errors of the predictions, as they came."""
+    return [r[when] / r["measured"] - 1 for r in records]
+
+
+def plot(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Predicted over measured, one panel a model, before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = list(dict.fromkeys(r["model"] for r in records))
+    figure, axes = plt.subplots(1, len(models), figsize=(3.6 * len(models), 3.8), squeeze=False)
+    for ax, model in zip(axes.flat, models, strict=True):
+        mine = [r for r in records if r["model"] == model]
+        top = 1.05 * max(max(r["before"], r["after"], r["measured"]) for r in mine)
+        ax.fill_between([0, top], [0, 0.95 * top], [0, 1.05 * top], color="0.9", label="within 5 %")
+        for kind, marker in (("fp32", "o"), ("mixed", "^")):
+            own = [r for r in mine if r["kind"] == kind]
+            for when, colour in (("before", "tab:gray"), ("after", "tab:blue")):
+                x, y = [r["measured"] for r in own], [r[when] for r in own]
+                ax.plot(x, y, marker, color=colour, ms=4, label=f"{kind}, {when}")
+        ax.set(title=model, xlabel="measured, ms", ylabel="predicted, ms", xlim=(0, top), ylim=(0, top))
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    p.add_argument("models", nargs="+", metavar="MODEL")
+    p.add_argument("--selections", type=int, default=20)
+    p.add_argument("--probes", type=int, default=6)
+    p.add_argument("--target", default="xeon")
+    p.add_argument("--backend")
+    p.add_argument("--effort", default="quick")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--store", type=Path, help="keep the measurements there")
+    p.add_argument("--json", type=Path)
+    p.add_argument("--plot", type=Path)
+    args = p.parse_args(argv)
+    reporter, records = RichReporter(), []
+    for model in args.models:
+        records += study(model, args, reporter)
+        if args.json:
+            args.json.write_text(json.dumps(records, indent=1))
+    print("| network | students | median error before | worst | median after | worst |\n|---|---|---|---|---|---|")
+    good = True
+    for model, kind in dict.fromkeys((r["model"], r["kind"]) for r in records):
+        mine = [r for r in records if (r["model"], r["kind"]) == (model, kind)]
+        cells = []
+        for when in ("before", "after"):
+            sizes = [abs(e) for e in errors(mine, when)]
+            middle, worst = statistics.median(sizes), max(sizes)
+            cells += [f"{100 * middle:.1f} %", f"{100 * worst:.1f} %"]
+        good &= middle <= MEDIAN and worst <= WORST
+        print(f"| {model} | {len(mine)} {kind} | {' | '.join(cells)} |")
+    if args.plot:
+        plot(args.plot, records)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
