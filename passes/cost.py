@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,14 @@ from onnx import ModelProto
 from hantc.core.errors import HantcError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Bar
-from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest, untouched
+from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
 from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.derived import structure
 from hantc.ops.registry import Origin, build
+from hantc.passes.glue import balance, measure_glue
 from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_for
 from hantc.passes.state import Context, Proposal, State
@@ -57,9 +57,10 @@ class Cost:
         shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
         mixed = len(ctx.precisions) > 1
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
-        glue, scale = self._glue(rows, state, teacher_ms)
+        apart = measure_glue(meter, state, rows[0]) if rows else None
+        glue, scale = balance(state.match.regions, rows, teacher_ms, apart)
         paces = [round(p, 3) for p in meter.pace]
-        facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "pace": paces}
+        facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "scale": scale, "pace": paces}
         ctx.reporter.event("cost", rows=len(rows), **facts)
         table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale, pace=pace)
         return replace(state, costs=table)
@@ -82,17 +83,6 @@ class Cost:
         ctx.note(f"latencies of candidates were read from {path}, not measured")
         costs = replace(lut.table, rows=rows, skipped=())
         return replace(state, costs=costs, proposals=proposals, skipped=state.skipped + skipped)
-
-    @staticmethod
-    def _glue(rows: Sequence[CostRow], state: State, teacher_ms: float) -> tuple[float, float]:
-        """What lies outside every region, and the factor from stand-alone to in-network latency."""
-        assert state.match is not None
-        atoms = {r.name for r in state.match.regions if len(r.atoms) == 1}
-        total = sum(r.latency_ms for r in rows if r.region in atoms and untouched(r.candidate, r.precision))
-        floor = 0.02 * teacher_ms
-        if total <= 0 or teacher_ms - total >= floor:
-            return max(teacher_ms - total, floor), 1.0
-        return floor, (teacher_ms - floor) / total
 
     def _row(self, ctx: Context, region: str, candidate: str, precision: str, macs: int, params: int) -> CostRow:
         return CostRow(

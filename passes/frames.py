@@ -5,8 +5,8 @@ channels last for INT8), and a model on its own pays for getting there and back.
 does not. So a part is timed between two cheap convolutions of its precision, and what these take is taken off:
 
 - `chain` (equal shapes): head, copies of the part in a row, tail; less head and tail.
-- else: head, copies side by side, a tail behind each; less the head, and for each copy a tail, whose cost on a tensor
-  of this shape is that of one more of them on the same tensor.
+- else: copies in lanes of their own: an input, a head, the copy, a tail; less as many empty lanes, but for the tails,
+  which read another shape there. A tail's cost on a tensor is that of one more of them on the same tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Frame:
 
     def around(self, model: ModelProto, copies: int, *, chain: bool) -> ModelProto:
         """The model that is timed for a part."""
-        return replicate(model, copies, chain=chain, head=self.head, tail=self.tail)
+        return replicate(model, copies, "chain" if chain else "lanes", head=self.head, tail=self.tail)
 
 
 def frame(in_shape: Shape, out_shape: Shape, quant: QuantSpec | None, opset: int) -> Frame:
@@ -48,12 +48,11 @@ def frame(in_shape: Shape, out_shape: Shape, quant: QuantSpec | None, opset: int
     return Frame(head, tail)
 
 
-def empty(shape: Shape, quant: QuantSpec | None, opset: int) -> ModelProto:
-    """A frame with nothing in it: what is taken off a part whose input is of `shape`."""
+def empty(shape: Shape, quant: QuantSpec | None, opset: int, lanes: int = 1) -> ModelProto:
+    """A frame with nothing in it, or so many of them: what is taken off a part whose input is of `shape`."""
     around = frame(shape, shape, quant, opset)
-    if around.tail is None:
-        return handed_through(shape)
-    return replicate(around.tail, 1, chain=True, head=around.head)
+    inside = handed_through(shape) if around.tail is None else around.tail
+    return replicate(inside, lanes, "lanes", head=around.head)
 
 
 def tails(shape: Shape, quant: QuantSpec | None, opset: int) -> tuple[ModelProto, ModelProto, int] | None:
@@ -61,7 +60,7 @@ def tails(shape: Shape, quant: QuantSpec | None, opset: int) -> tuple[ModelProto
     around = frame(shape, shape, quant, opset)
     if around.tail is None:
         return None
-    one, many = (replicate(around.tail, n, chain=False, head=around.head) for n in (1, _TAILS))
+    one, many = (replicate(around.tail, n, "fan", head=around.head) for n in (1, _TAILS))
     return one, many, _TAILS - 1
 
 
@@ -72,9 +71,9 @@ def borders(shape: Shape, quant: QuantSpec) -> tuple[ModelProto, ModelProto, Mod
         return None
     rounded = quantize_for_timing(_depthwise(shape), quant)
     plain = _depthwise(shape, kept=True)
-    both = replicate(rounded, 1, chain=True, head=plain)
-    mixed = replicate(both, 2, chain=True, tail=plain)
-    return replicate(plain, 5, chain=True), replicate(rounded, 5, chain=True), mixed
+    both = replicate(rounded, 1, "chain", head=plain)
+    mixed = replicate(both, 2, "chain", tail=plain)
+    return replicate(plain, 5, "chain"), replicate(rounded, 5, "chain"), mixed
 
 
 def handed_through(shape: Shape) -> ModelProto:

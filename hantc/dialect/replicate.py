@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from onnx import ModelProto, NodeProto
+
+Layout = Literal["chain", "lanes", "fan"]
 
 
 def replicate(
-    model: ModelProto, copies: int, *, chain: bool, head: ModelProto | None = None, tail: ModelProto | None = None
+    model: ModelProto, copies: int, layout: Layout, *, head: ModelProto | None = None, tail: ModelProto | None = None
 ) -> ModelProto:
-    """`copies` of a one-input one-output model: in a chain (output feeds the next input; shapes must agree) or side by
-    side on one input. Weights are copied too, so that caches see as much memory as in a real network.
+    """`copies` of a one-input one-output model in one. Weights are copied too, so that caches see as much memory as in
+    a real network.
 
-    `head` comes first, once; a `tail` stands behind each loose end, and each is an output of its own. All parts have
-    one input and one output and are written in the same opsets (the model's are kept)."""
-    made = _Row(model)
-    start = made.add(head, "h_", None) if head is not None else None
-    ends = [start]
+    - `chain`: each output feeds the next copy (shapes must agree); `head` before the first, `tail` behind the last.
+    - `lanes`: each copy has an input of its own, between a head and a tail of its own. On one input, engines would
+      compute what copies without weights have in common only once.
+    - `fan`: all copies read one head's output, with a tail behind each; no two of them may be the same.
+
+    Each loose end is an output. All parts have one input and one output and are written in the same opsets (the
+    model's are kept)."""
+    made, ends = _Row(model), list[str | None]()
+    start = made.add(head, "h0_", None) if head is not None and layout != "lanes" else None
     for i in range(copies):
-        if chain:
-            ends = [made.add(model, f"c{i}_", ends[0])]
+        if layout == "lanes":
+            start = made.open(head or model, f"x{i}_")
+            start = made.add(head, f"h{i}_", start) if head is not None else start
+        end = made.add(model, f"c{i}_", start)
+        if layout == "chain":
+            start, ends = end, [end]
         else:
-            ends = [*(ends if i else []), made.add(model, f"c{i}_", start)]
+            ends.append(end)
     made.finish([made.add(tail, f"t{i}_", end) if tail is not None else end for i, end in enumerate(ends)])
     return made.proto
 
@@ -35,12 +47,17 @@ class _Row:
         del graph.node[:], graph.initializer[:], graph.input[:], graph.output[:], graph.value_info[:]
         self.made_by: dict[str, ModelProto] = {}
 
+    def open(self, part: ModelProto, prefix: str) -> str:
+        """A further input, as `part` has it; its name."""
+        made = self.proto.graph.input.add()
+        made.CopyFrom(part.graph.input[0])
+        made.name = prefix + made.name
+        return str(made.name)
+
     def add(self, part: ModelProto, prefix: str, source: str | None) -> str:
         """A copy of `part` that reads `source`; the name of its output."""
         x, y = part.graph.input[0].name, part.graph.output[0].name
-        if source is None and not self.proto.graph.input:
-            self.proto.graph.input.append(part.graph.input[0])
-        entry: str = source or self.proto.graph.input[0].name
+        entry = source or (self.proto.graph.input[0].name if self.proto.graph.input else self.open(part, ""))
         rename = {x: entry, y: prefix + y}
         self.proto.graph.node.extend(_copy_node(n, rename, prefix) for n in part.graph.node)
         for tensor in part.graph.initializer:

@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, helper
 
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
-from hantc.dialect.replicate import replicate
+from hantc.dialect.replicate import Layout, replicate
 
 if TYPE_CHECKING:
     from tests.dialect.conftest import Models
@@ -53,7 +53,7 @@ def test_a_chain_is_repeated_application(models: Models, copies: int) -> None:
     x = want = images(models)
     for _ in range(copies):
         (want,) = run(model, want)
-    made = replicate(model, copies, chain=True)
+    made = replicate(model, copies, "chain")
     onnx.checker.check_model(made, full_check=True)
     (got,) = run(made, x)
     assert np.allclose(got, want, atol=1e-5)
@@ -63,7 +63,7 @@ def test_a_chain_is_repeated_application(models: Models, copies: int) -> None:
 @pytest.mark.parametrize("copies", [1, 3])
 def test_side_by_side_all_outputs_are_equal(models: Models, copies: int) -> None:
     model, x = block(models, 3, 5), images(models)
-    made = replicate(model, copies, chain=False)
+    made = replicate(model, copies, "fan")
     onnx.checker.check_model(made, full_check=True)
     (want,) = run(model, x)
     outputs = run(made, x)
@@ -72,10 +72,24 @@ def test_side_by_side_all_outputs_are_equal(models: Models, copies: int) -> None
     assert [i.name for i in made.graph.input] == ["x"]
 
 
-@pytest.mark.parametrize("chain", [True, False])
-def test_every_copy_has_weights_and_names_of_its_own(models: Models, chain: bool) -> None:
+def test_lanes_have_inputs_of_their_own(models: Models) -> None:
+    model, other = block(models, 3, 5), block(models, 5, 5)
+    head = block(models, 3, 3)
+    made = replicate(model, 2, "lanes", head=head, tail=other)
+    onnx.checker.check_model(made, full_check=True)
+    names = [i.name for i in made.graph.input]
+    assert len(set(names)) == 2
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {n: images(models) for n in names}
+    for n, got in zip(names, session.run(None, feeds), strict=True):
+        (want,) = run(other, run(model, run(head, feeds[n])[0])[0])
+        assert np.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["chain", "lanes", "fan"])
+def test_every_copy_has_weights_and_names_of_its_own(models: Models, layout: Layout) -> None:
     model = block(models, 3, 3)
-    made = replicate(model, 3, chain=chain)
+    made = replicate(model, 3, layout)
     assert len(made.graph.initializer) == 3 * len(model.graph.initializer)
     for names in (
         [i.name for i in made.graph.initializer],
@@ -90,7 +104,7 @@ def test_every_copy_has_weights_and_names_of_its_own(models: Models, chain: bool
 def test_a_quantised_chain(models: Models) -> None:
     """The form that is timed: weights between Q/DQ pairs are copied too."""
     model = quantize_for_timing(block(models, 3, 3), QuantSpec(reduce_range=False))
-    made = replicate(model, 2, chain=True)
+    made = replicate(model, 2, "chain")
     x = images(models)
     (once,) = run(model, x)
     (twice,), (got,) = run(model, once), run(made, x)
@@ -101,7 +115,7 @@ def test_a_quantised_chain(models: Models) -> None:
 def test_the_model_itself_stays(models: Models) -> None:
     model = block(models, 3, 3)
     before = model.SerializeToString(deterministic=True)
-    made = replicate(model, 2, chain=True)
+    made = replicate(model, 2, "chain")
     made.graph.initializer[0].float_data.append(1.0)
     assert model.SerializeToString(deterministic=True) == before
     assert list(made.opset_import) == list(model.opset_import)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +31,7 @@ def run(model: ModelProto, x: np.ndarray[Any, Any]) -> list[Any]:
 
     onnx.checker.check_model(model, full_check=True)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return list(session.run(None, {session.get_inputs()[0].name: x}))
+    return list(session.run(None, {i.name: x for i in session.get_inputs()}))
 
 
 def image(shape: Shape = PLAIN) -> np.ndarray[Any, Any]:
@@ -53,7 +56,7 @@ def test_a_chain_in_its_frame_computes_head_copies_tail() -> None:
     assert np.allclose(got, want, atol=1e-4)
 
 
-def test_copies_side_by_side_have_a_tail_each() -> None:
+def test_other_copies_have_lanes_of_their_own() -> None:
     around = frames.frame(PLAIN, PLAIN, None, 17)
     assert around.head is not None and around.tail is not None
     x = image()
@@ -68,6 +71,23 @@ def test_an_empty_frame_is_what_a_chain_has_around_it() -> None:
     x = image()
     once, empty = (run(m, x)[0] for m in (around.around(scaling(), 1, chain=True), frames.empty(PLAIN, None, 17)))
     assert np.allclose(once, 3 * empty, atol=1e-4)
+
+
+def test_engines_do_not_compute_what_copies_have_in_common_once() -> None:
+    """Without weights, copies that read one tensor would be one."""
+    import onnxruntime as ort
+
+    x, y = (helper.make_tensor_value_info(v, TensorProto.FLOAT, ["N", 3, 8, 8]) for v in "xy")
+    pool = helper.make_node("AveragePool", ["x"], ["y"], name="p", kernel_shape=[3, 3], pads=[1] * 4)
+    graph = helper.make_graph([pool], "g", [x], [y])
+    part = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    made = frames.frame((3, 8, 8), (3, 8, 8), None, 17).around(part, 4, chain=False)
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(Path(tempfile.mkdtemp()) / "p")
+    session = ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.run(None, {i.name: image((3, 8, 8)) for i in session.get_inputs()})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    assert sum(e.get("args", {}).get("op_name") == "AveragePool" for e in events if "kernel_time" in e["name"]) == 4
 
 
 def test_further_tails_read_the_same_tensor() -> None:
@@ -119,7 +139,7 @@ def test_what_is_timed_for_a_border_differs_by_two_pairs() -> None:
 def test_a_frame_leaves_no_trace_in_the_figures(lab: Lab) -> None:
     """On a machine where latencies are counted: a part's own products, whatever stands around it."""
     m = Meter(lab.fresh())
-    pair = replicate(frames.empty(PLAIN, None, 17), 1, chain=True)  # 16 → 16 channels, then a tail's 16
+    pair = replicate(frames.empty(PLAIN, None, 17), 1, "chain")  # 16 → 16 channels, then a tail's 16
     for chained in (True, False):
         row = CostRow("r00", f"c{chained}", "fp32", 0.0, 0.0, 0, "roofline", "d", 1, 1)
         (found,) = m.rows([Work(m.key(chained=chained), row, pair, chained, PLAIN, PLAIN)])

@@ -1,0 +1,84 @@
+"""What a network costs outside its regions: between two of them, before the first, behind the last.
+
+Each such gap is timed like a region. The teacher's whole latency less its parts' would be the glue too, if parts took
+in the network just what they take when timed apart; a few percent more or less of all of them is as much as a
+classifier's head, and would burden the fastest students most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hantc.core.errors import HantcError
+from hantc.core.types import CostRow, MatchResult, Region, digest, untouched
+from hantc.dialect.emitter import emit
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.graph import cut, shapes_of
+from hantc.passes.frames import handed_through
+from hantc.passes.meter import Meter, Work
+from hantc.passes.state import State
+
+_BATCH = 2  # so that a dim that follows the batch shows
+_NAME = "glue"
+_LEAST = 0.02  # of the teacher: what the rest costs where parts alone seem to take longer
+_RATIO = (0.75, 1.33)  # of whole to parts: further apart, something else is wrong than the caches
+
+
+def measure_glue(meter: Meter, state: State, row: CostRow) -> float | None:
+    """Milliseconds of all gaps and of starting a run; None where regions are not one row, each fed by the one before
+    it. `row`: any of the table's, for the settings."""
+    assert state.network is not None and state.match is not None
+    network, info = state.network, state.network.meta["info"]
+    if len(info.inputs) != 1 or len(info.outputs) != 1:
+        return None
+    shapes = shapes_of(network, example_inputs(info, _BATCH))
+    work = []
+    for entry, exit_ in _gaps(state, state.match):
+        a, b = shapes.get(entry, ()), shapes.get(exit_, ())
+        if not (a and b) or a[0] != b[0]:
+            return None
+        try:
+            model = emit(cut(network, entry, exit_, a[1:], b[1:])).model
+        except HantcError:  # something else feeds it: not a row
+            return None
+        key = meter.key(glue=digest(model.SerializeToString().hex()))
+        blank = replace(row, region=_NAME, candidate=f"{entry}:{exit_}", precision=meter.ctx.base)
+        work.append(Work(key, blank, model, a[1:] == b[1:], a[1:], b[1:]))
+    first = shapes[next(n.name for n in network.graph.nodes if n.op == "placeholder")]
+    start = meter.network(handed_through(first[1:]))[0].median_ms
+    gaps = meter.rows(work)
+    if any(not g.samples and meter.ctx.capabilities.measures for g in gaps):
+        return None  # the engine does not take one of them alone
+    return start + sum(g.latency_ms for g in gaps)
+
+
+def _gaps(state: State, match: MatchResult) -> list[tuple[str, str]]:
+    assert state.network is not None
+    nodes = list(state.network.graph.nodes)
+    at = next(n.name for n in nodes if n.op == "placeholder")
+    gaps = []
+    for region in (r for r in match.regions if len(r.atoms) == 1):
+        gaps.append((at, region.input))
+        at = region.output
+    gaps.append((at, nodes[-1].all_input_nodes[0].name))
+    return [(a, b) for a, b in gaps if a != b]
+
+
+def balance(
+    regions: Sequence[Region], rows: Sequence[CostRow], teacher_ms: float, glue_ms: float | None
+) -> tuple[float, float]:
+    """What lies outside every region, in the network, and the factor from stand-alone to in-network latency: together
+    they make the teacher's parts the teacher."""
+    atoms = {r.name for r in regions if len(r.atoms) == 1}
+    total = sum(r.latency_ms for r in rows if r.region in atoms and untouched(r.candidate, r.precision))
+    floor = _LEAST * teacher_ms
+    if total <= 0:
+        return max(teacher_ms, floor), 1.0
+    if glue_ms is not None:
+        scale = teacher_ms / (total + glue_ms)
+        if _RATIO[0] <= scale <= _RATIO[1]:
+            return scale * glue_ms, scale
+    if teacher_ms - total >= floor:
+        return teacher_ms - total, 1.0
+    return floor, (teacher_ms - floor) / total
