@@ -16,7 +16,7 @@ from hantc.dialect.anchors import anchored
 from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
 from hantc.dialect.half import overflowing, to_fp16
-from hantc.dialect.qdq import MIN_OPSET, QuantSpec, quantize
+from hantc.dialect.qdq import MIN_OPSET, Calibration, QuantSpec, quantize
 from hantc.passes.plug import origin_for, replace_regions, teacher_part, trained
 from hantc.passes.state import Context, State
 
@@ -104,14 +104,20 @@ def deployable(model: ModelProto, ctx: Context, feeds: Sequence[Feeds]) -> Model
     return to_fp16(model, keep=wide)
 
 
-def to_onnx(student: fx.GraphModule, blueprint: Blueprint, ctx: Context, feeds: Sequence[Feeds]) -> ModelProto:
+def to_onnx(
+    student: fx.GraphModule,
+    blueprint: Blueprint,
+    ctx: Context,
+    feeds: Sequence[Feeds],
+    calibration: Calibration = "robust",
+) -> ModelProto:
     """The student as one ONNX file; INT8 regions as QDQ with ranges from `feeds`, the rest in the engine's layout."""
     regions = blueprint.int8
     emitted = emit(student, opset=MIN_OPSET if regions else None)
     model = emitted.model
     if regions:
         nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
-        spec = QuantSpec(reduce_range=ctx.capabilities.reduce_range, calibration="robust")
+        spec = QuantSpec(reduce_range=ctx.capabilities.reduce_range, calibration=calibration)
         model = quantize(model, nodes, feeds, spec)
     if not ctx.capabilities.channel_block or ctx.base != "fp32":
         return model

@@ -7,7 +7,7 @@ here are those that the engine's own best kernels reach, so that a bound by them
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import onnx
@@ -15,9 +15,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from hantc.core.backend_api import Backend, BuildSpec, Capabilities
 from hantc.core.errors import HantcError
-from hantc.core.types import Protocol, Shape
+from hantc.core.types import Protocol, Shape, digest
 from hantc.dialect.half import to_fp16
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
+from hantc.passes.state import Context
 
 # Convolutions at which engines come near their peak: (channels, height and width, kernel, copies)
 _PRODUCTS = ((128, 28, 3, 2), (256, 14, 3, 2), (512, 14, 1, 4), (256, 28, 1, 4))
@@ -25,6 +26,7 @@ _STREAM: Shape = (64, 64, 64)  # a mid-size activation, 1 MiB of float32
 _STEPS = 8
 _TINY: Shape = (8, 1, 1)
 _TINY_STEPS = 32
+_VERSION = 1  # of the way of measuring
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ def measure_ceilings(backend: Backend, cores: int) -> Ceilings:
         efficiency = min(1.0, max(0.01, (gain - 1) / (cores - 1)))
     alone, together = (_bandwidth(backend, n) for n in (1, cores))
     return Ceilings(tuple(one.items()), alone, max(alone, together), _overhead(backend), efficiency, cores)
+
+
+def ceilings_of(ctx: Context) -> Ceilings | None:
+    """Those of the run's engine on this machine: measured once, then from the store. None where nothing is timed."""
+    if ctx.from_table or not ctx.capabilities.measures:
+        return None
+    key = digest({"ceilings": _VERSION, "backend": ctx.backend.name, "device": ctx.device_key, "threads": ctx.threads})
+    found = ctx.store.get_json("network", key)
+    if found is None:
+        found = asdict(measure_ceilings(ctx.backend, ctx.threads))
+        ctx.store.put_json("network", key, found)
+    return Ceilings(**{**found, "peaks": tuple((p, v) for p, v in found["peaks"])})
 
 
 def _peak(backend: Backend, capabilities: Capabilities, precision: str, threads: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from hantc.dialect.qdq import QuantSpec, quantize_for_timing
 from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.derived import structure
 from hantc.ops.registry import Origin, build
+from hantc.passes.ceilings import Ceilings, ceilings_of
 from hantc.passes.glue import balance, measure_glue
 from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_for
@@ -43,15 +45,22 @@ class Cost:
         timing, pace = meter.network(emit(state.network).model)
         teacher_ms = timing.median_ms
         rows: list[CostRow] = []
+        skipped: list[tuple[str, str, str, str]] = []
+        # a sample has no candidates of many more multiplications than the teacher
+        ceilings = ceilings_of(ctx) if ctx.config.pool == "whole" else None
         seen: dict[str, tuple[str, ...]] = {}
         with ctx.reporter.bar("measuring candidates", len(state.proposals) + len(regions)) as bar:
             for region in regions.values():  # one at a time: a whole pool's files would not fit in memory together
                 work = self._teacher(state, ctx, meter, region)
                 mine = [p for p in state.proposals if p.region == region.name]
+                share = 1 + len(mine)
+                if ceilings is not None and mine:
+                    mine, hopeless = _hopeful(mine, meter.rows(work), ceilings, ctx.threads)
+                    skipped += hopeless
                 for p in mine:
                     origin = origin_for(p.spec, state.network, state.match, region)
                     work += self._candidate(ctx, meter, region, p, origin, seen)
-                half = (1 + len(mine)) / 2  # building them takes about as long as timing them
+                half = share / 2  # building them takes about as long as timing them
                 bar.advance(half)
                 rows += meter.rows(work, partial(_advance, bar, half))
         shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
@@ -62,7 +71,7 @@ class Cost:
         paces = [round(p, 3) for p in meter.pace]
         facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "scale": scale, "pace": paces}
         ctx.reporter.event("cost", rows=len(rows), **facts)
-        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale, pace=pace)
+        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale, tuple(skipped), pace=pace)
         return replace(state, costs=table)
 
     @staticmethod
@@ -166,6 +175,24 @@ class Cost:
         except HantcError as error:
             ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
             return {ctx.base: plain}
+
+
+def _hopeful(
+    proposals: Sequence[Proposal], own: Sequence[CostRow], ceilings: Ceilings, threads: int
+) -> tuple[list[Proposal], list[tuple[str, str, str, str]]]:
+    """Those that may be faster than the teacher's own operation (`own`: its rows), if the machine reaches its peak all
+    the way; and (region, candidate, precision, reason) of the others."""
+    peak = max(ceilings.peak(r.precision, threads) for r in own)
+    bar = min(r.latency_ms for r in own)
+    kept, dropped = [], []
+    for p in proposals:
+        least = 1e3 * 2 * p.macs / peak
+        if least <= bar:
+            kept.append(p)
+        else:
+            reason = f"cannot be faster: {least:.3f} ms at the machine's peak against the teacher's {bar:.3f} ms"
+            dropped.append((p.region, p.spec.name, "*", reason))
+    return kept, dropped
 
 
 def _advance(bar: Bar, units: float, share: float) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 from hantc.passes.assemble import Blueprint, calibration_feeds, deployable, to_onnx
+from hantc.passes.calibrate import best_calibration
 from hantc.passes.state import Context, State
 
 _IMAGES = 256
 
 
 class Emit:
-    """Student -> one ONNX model; INT8 regions become QDQ with ranges calibrated on the train split."""
+    """Student -> one ONNX model; INT8 regions become QDQ with ranges calibrated on the train split,
+    in the way that suits the student best on the search split."""
 
     name: ClassVar[str] = "emit"
     requires: ClassVar[tuple[str, ...]] = ("student", "plan")
@@ -24,4 +27,6 @@ class Emit:
         blueprint = Blueprint.of(state.plan.choices)
         needed = bool(blueprint.int8) or ctx.base == "fp16"
         feeds = calibration_feeds(state.student, ctx.data, _IMAGES, 32) if ctx.data and needed else []
-        return replace(state, emitted=deployable(to_onnx(state.student, blueprint, ctx, feeds), ctx, feeds))
+        make = partial(to_onnx, state.student, blueprint, ctx, feeds)
+        model = best_calibration(state, ctx, ctx.data, make) if ctx.data and blueprint.int8 else make()
+        return replace(state, emitted=deployable(model, ctx, feeds))

@@ -12,7 +12,8 @@ from hantc.ops.registry import DERIVED, Origin, families
 from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
-_MAX_MACS = 1.5  # a candidate with more multiplications than this, relative to the teacher's, cannot be faster
+_MAX_MACS = 1.5  # a candidate with more multiplications than this, relative to the teacher's, is hardly ever faster
+_MAX_WHOLE = 24.0  # ... and with more than this cannot be; in between the cost pass asks the machine's ceilings
 
 
 def spread(proposals: Sequence[Proposal], n: int) -> list[Proposal]:
@@ -55,7 +56,7 @@ class Propose:
         if ctx.data is None:
             # without data only zero-error forms are allowed: the normalized region itself, and rewrites of it
             return [], [(region.name, "*", "needs --data: candidates must be distilled")]
-        signature = Signature.of(region)
+        signature, whole = Signature.of(region), ctx.config.pool == "whole" and len(region.atoms) == 1
         by_family: dict[str, list[Proposal]] = {}
         skipped: list[tuple[str, str, str]] = []
         for name, family in families().items():
@@ -63,12 +64,11 @@ class Propose:
                 if name == "identity" and len(region.atoms) > 1:
                     reason = "the same as an identity for each block of the span"
                 macs, params = family.estimate(spec, signature) if not reason else (0, 0)
-                reason = reason or _too_large(macs, region)
+                reason = reason or _too_large(macs, region, _MAX_WHOLE if whole else _MAX_MACS)
                 if reason:
                     skipped.append((region.name, spec.name, reason))
                 else:
                     by_family.setdefault(name, []).append(Proposal(region.name, spec, macs, params))
-        whole = ctx.config.pool == "whole" and len(region.atoms) == 1
         share = self._shares(by_family, sum(map(len, by_family.values())) if whole else ctx.effort.measured_per_region)
         kept = [p for name, ps in by_family.items() for p in spread(ps, share[name])]
         names = {p.spec.name for p in kept}
@@ -94,7 +94,7 @@ class Propose:
                 reason = family.reject_origin(spec, signature, origin)
                 macs, params = family.size(spec, signature, origin) if not reason else (0, 0)
                 if not reason and not family.exact:  # other kernels do as many multiplications in less time
-                    reason = _too_large(macs, region)
+                    reason = _too_large(macs, region, _MAX_MACS)
                 if reason:
                     skipped.append((region.name, spec.name, reason))
                 else:
@@ -113,10 +113,10 @@ class Propose:
         return shares
 
 
-def _too_large(macs: int, region: Region) -> str:
+def _too_large(macs: int, region: Region, most: float) -> str:
     """Why a candidate of so many multiplications is not worth measuring; "" if it may be."""
     times = macs / max(region.macs, 1)
-    return f"{times:.1f}× the teacher's multiplications: cannot be faster" if times > _MAX_MACS else ""
+    return f"{times:.1f}× the teacher's multiplications: cannot be faster" if times > most else ""
 
 
 def spec_of(name: str, proposals: Sequence[Proposal]) -> CandidateSpec:

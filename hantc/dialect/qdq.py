@@ -29,6 +29,9 @@ MIN_OPSET = 13  # first with per-channel (axis) Quantize/DequantizeLinear
 _TIMING_LOW, _TIMING_HIGH = -4.0, 4.0
 
 
+Calibration = Literal["robust", "minmax", "percentile", "entropy"]
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """How to quantise. `reduce_range`: weights keep to 7 bits, needed on x86 without VNNI, whose kernels add
@@ -38,7 +41,7 @@ class QuantSpec:
 
     reduce_range: bool
     per_channel: bool = True
-    calibration: Literal["minmax", "robust", "percentile", "entropy"] = "minmax"
+    calibration: Calibration = "minmax"
 
 
 def quantize(

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hantc.backends.roofline.backend import RooflineBackend
+from hantc.core.backend_api import Capabilities
+from hantc.passes.ceilings import ceilings_of
 from hantc.passes.cost import Cost
+from hantc.passes.propose import Propose
+from tests.passes.conftest import COUNTING
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -67,3 +72,48 @@ def test_one_precision_needs_no_borders(lab: Lab) -> None:
     assert table is not None
     assert table.transitions == ()
     assert {(r.candidate, r.precision) for r in table.rows} == {("teacher", "fp32")}
+
+
+class Pretender(RooflineBackend):
+    """Takes its counts for measurements."""
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), measures=True)
+
+
+def test_of_a_whole_pool_only_what_the_ceilings_allow_is_measured(lab: Lab) -> None:
+    ctx = lab.fresh(backend=Pretender(COUNTING), pool="whole")
+    state = Propose().call(lab.matched, ctx)
+    assert state.match is not None and state.proposals is not None
+    table = Cost().call(state, ctx).costs
+    assert table is not None and table.skipped
+    own = {r.name: r.macs for r in state.match.regions}
+    macs = {(p.region, p.spec.name): p.macs for p in state.proposals}
+    for region, candidate, precision, reason in table.skipped:
+        assert precision == "*" and "at the machine's peak" in reason
+        assert macs[region, candidate] > 0.85 * own[region], "the teacher reaches the peak here, but for its borders"
+        assert not [r for r in table.rows if (r.region, r.candidate) == (region, candidate)]
+    # a machine that counts products has no candidate that is faster with clearly more of them
+    measured = {(r.region, r.candidate) for r in table.rows if r.candidate != "teacher"}
+    assert all(macs[key] < 1.3 * own[key[0]] for key in measured)
+    assert measured | {(r, c) for r, c, _, _ in table.skipped} == set(macs)
+
+
+def test_a_sample_asks_for_no_ceilings(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("asked for")
+
+    monkeypatch.setattr("hantc.passes.cost.ceilings_of", never)
+    ctx = lab.fresh(backend=Pretender(COUNTING))
+    assert Cost().call(Propose().call(lab.matched, ctx), ctx).costs is not None
+
+
+def test_ceilings_are_measured_once(lab: Lab) -> None:
+    ctx = lab.fresh(backend=Pretender(COUNTING))
+    first = ceilings_of(ctx)
+    assert first is not None and dict(first.peaks)["fp32"] == pytest.approx(1e9, rel=0.05)
+    other = lab.fresh(backend=lab.counting, store=ctx.store)
+    assert ceilings_of(other) is None, "it predicts"
+    blind = Pretender(COUNTING)
+    blind.measure = None  # type: ignore[assignment,method-assign]
+    assert ceilings_of(lab.fresh(backend=blind, store=ctx.store)) == first

@@ -1,0 +1,93 @@
+"""Which way of choosing INT8 ranges suits a student: each is tried, and judged on the search split by what its file
+computes.
+
+No way is best everywhere: the largest values matter in some networks, and blur everything else in others. Students
+that were fine-tuned learned to live with the robust ranges, so that another way has to be clearly better.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+import numpy as np
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from hantc.core.backend_api import Artefact, BuildSpec
+from hantc.core.errors import HantcError
+from hantc.core.types import TensorSpec
+from hantc.data.dataset import Dataset
+from hantc.dialect.examples import example_inputs
+from hantc.dialect.qdq import Calibration
+from hantc.passes.engine import Judge, output_kind
+from hantc.passes.state import Context, State
+
+_CLEARLY = 0.97  # of the robust ranges' divergence
+_SHARE = 0.03  # of the run's time limit
+
+
+class FileModule(nn.Module):
+    """A file behind the interface of a network: (N, C, H, W) → its first output, computed by the run's engine."""
+
+    def __init__(self, ctx: Context, model: ModelProto, spec: TensorSpec) -> None:
+        super().__init__()
+        self.ctx, self.spec = ctx, spec
+        self.artefact: Artefact = ctx.backend.build(model, BuildSpec(ctx.threads, ctx.config.batch))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the file; batches of a fixed size are filled up, and cut again."""
+        fixed = self.spec.shape[0] if self.spec.shape and isinstance(self.spec.shape[0], int) else None
+        found = []
+        for part in x.split(fixed or len(x)):
+            rows = torch.cat([part, part[-1:].expand(fixed - len(part), *part.shape[1:])]) if fixed else part
+            feeds = {self.spec.name: rows.numpy().astype(self.spec.dtype)}
+            found.append(self.ctx.backend.run(self.artefact, feeds)[0][: len(part)])
+        return torch.from_numpy(np.concatenate(found))
+
+
+def best_calibration(
+    state: State, ctx: Context, data: Dataset, make: Callable[[Calibration], ModelProto]
+) -> ModelProto:
+    """Of the files that `make` makes with each way of calibrating, the one whose outputs are nearest to the teacher's.
+
+    Ways that fail are left out, and so are those for which there is no time; the robust one is always tried.
+    """
+    assert state.network is not None
+    info, start = state.network.meta["info"], time.monotonic()
+    kind = output_kind(state.network, example_inputs(info, 2)[0], data.num_classes)
+    judge = Judge(state.network, data.search, kind, limit=ctx.effort.score_images, blend=True)
+    ways: Sequence[Calibration] = get_args(Calibration)
+    files: dict[Calibration, ModelProto] = {}
+    found: dict[Calibration, float] = {}
+    with ctx.reporter.bar("choosing INT8 ranges", len(ways)) as bar:
+        for way in ways:
+            if files and time.monotonic() - start > _SHARE * ctx.clock.limit_s:
+                break
+            try:
+                model = make(way)
+                found[way] = judge(FileModule(ctx, model, info.inputs[0]))["kl"]
+            except HantcError as error:
+                if way == ways[0]:
+                    raise
+                ctx.reporter.event("calibration_failed", way=way, reason=error.message)
+                continue
+            files[way] = model
+            bar.advance()
+    best = choose(found)
+    ctx.reporter.event("calibration", chosen=best, divergence=found)
+    if best != ways[0]:
+        share = 100 * (1 - found[best] / found[ways[0]])
+        ctx.note(f"INT8 ranges were chosen by {best}: {share:.0f} % nearer to the teacher on search images")
+    return files[best]
+
+
+def choose(divergence: dict[Calibration, float]) -> Calibration:
+    """The way of least divergence, if it is clearly better than the robust one."""
+    first = next(iter(divergence))
+    finite = {way: d for way, d in divergence.items() if np.isfinite(d)}
+    best = min(finite, key=lambda way: finite[way], default=first)
+    worse = not np.isfinite(divergence[first]) or divergence[best] < _CLEARLY * divergence[first]
+    return best if worse else first
