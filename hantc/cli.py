@@ -103,6 +103,11 @@ def compile_parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")
     g = p.add_argument_group("files")
     g.add_argument("--out", metavar="DIR", help="run folder; default MODEL.hantc/")
+    g.add_argument(
+        "--optimized",
+        action="store_true",
+        help="also write model.optimized.onnx, as ONNX Runtime rewrites it for this very CPU: it loads sooner",
+    )
     g.add_argument("--lut", metavar="FILE", help="use this latency table (of hantc profile) instead of measuring")
     g.add_argument(
         "--foreign-lut",

@@ -127,19 +127,21 @@ def cmd_regions(argv: Sequence[str]) -> int:
     p = make_parser("hantc regions", "What can be replaced in a model, and why the rest cannot.")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--region", action="append", default=[], metavar="FROM:TO", help=REGION_HELP)
+    p.add_argument("--why", action="store_true", help="also what nearly was a region, or nearly fitted a pattern")
     args = p.parse_args(argv)
     from dataclasses import asdict
     from tempfile import TemporaryDirectory
 
     from hantc.dialect.importer import import_file
+    from hantc.dialect.pattern import installed
     from hantc.dialect.rewrites.normalize import normalize
     from hantc.passes.match import match_regions
     from hantc.report.regions import regions_table
 
     with TemporaryDirectory() as place:
         network = import_file(model_file(args.model, Path(place), quiet=args.json))
-    found = match_regions(normalize(network)[0], named=args.region)
-    return show(args, lambda: asdict(found), lambda: regions_table(found))
+    found = match_regions(normalize(network)[0], named=args.region, patterns=installed())
+    return show(args, lambda: asdict(found), lambda: regions_table(found, why=args.why))
 
 
 def _shape(text: str) -> tuple[int, ...]:

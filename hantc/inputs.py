@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from hantc.backends.device import channel_block, needs_reduced_range
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
-from hantc.core.backend_api import Backend, Capabilities
+from hantc.core.backend_api import Backend, Capabilities, Optimizer
 from hantc.core.config import EFFORTS, Budget, Cap, CompileConfig, parse_drop, parse_duration, parse_size
 from hantc.core.errors import UsageError
 from hantc.core.lut import read_lut
@@ -99,6 +99,9 @@ def prepare(
         raise UsageError(
             f"target {target.name} cannot be used with {backend.name} here: {capabilities.reason}", where=where
         )
+    if config.optimized and (config.foreign_lut or not isinstance(backend, Optimizer)):
+        why = "the table is of another machine" if config.foreign_lut else f"{backend.name} writes no such file"
+        raise UsageError(f"cannot be had: {why}", where="--optimized", hint="leave it out")
     threads = config.threads or target.threads or capabilities.device.cores
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     if config.foreign_lut:

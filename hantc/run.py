@@ -35,7 +35,7 @@ from hantc.pipeline import COMPILE, PROFILE, Passes, run_passes
 from hantc.report.html import write_report
 from hantc.report.summary import FILE_NAME, Summary, load
 
-_ENGINE = "model.engine"  # what GPU targets have beside model.onnx
+_BESIDE = ("model.engine", "model.optimized.onnx")  # what some runs have beside model.onnx
 _OVER_CAP = 1.01  # files have a few numbers that are no weights
 _OVER_BUDGET = 1.05  # measured over asked latency: more than the noise of two measurements
 SPEED_TOLERANCE, ACCURACY_TOLERANCE = 0.15, 0.2  # share; points: how far a verification may be off
@@ -195,7 +195,7 @@ def _write(state: State, ctx: Context, summary: Summary) -> None:
     and comes last but one; a run that is broken off before it leaves no model either."""
     assert state.emitted is not None and state.match is not None and state.costs is not None
     out = ctx.out
-    for name in (FILE_NAME, _ENGINE):
+    for name in (FILE_NAME, *_BESIDE):
         (out / name).unlink(missing_ok=True)
     try:
         write_bytes(out / "model.onnx", state.emitted.SerializeToString())
@@ -212,7 +212,7 @@ def _write(state: State, ctx: Context, summary: Summary) -> None:
         write_json(out / "history.json", {"finetune": [dict(h) for h in state.history]})
         summary.save(out)
     except BaseException:
-        for name in (FILE_NAME, "model.onnx", _ENGINE):
+        for name in (FILE_NAME, "model.onnx", *_BESIDE):
             (out / name).unlink(missing_ok=True)
         raise
     write_report(out)
@@ -248,8 +248,8 @@ def compile(
     (0.5) or milliseconds ("8ms"). `target`: a name or a TOML file. Other options are those of the command line
     with underscores: `val`, `unlabelled`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds),
     `precision`, `pool`, `region` (a list of "FROM:TO"), `recipe`, `memory`, `backend`, `threads`,
-    `batch`, `lut`, `out`, `store`, `seed`; a module also takes `name`. Raises what the command line exits with:
-    UsageError (2), BudgetError (1), HantcError (3).
+    `batch`, `lut`, `optimized`, `out`, `store`, `seed`; a module also takes `name`. Raises what the command line
+    exits with: UsageError (2), BudgetError (1), HantcError (3).
     """
     proto: ModelProto | None = None
     if isinstance(model, nn.Module):

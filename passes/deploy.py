@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from hantc.core.backend_api import BuildSpec, Deployer
+from hantc.core.backend_api import BuildSpec, Deployer, Optimizer
 from hantc.core.errors import HantcError
 from hantc.passes.state import Context, State
 
@@ -22,6 +22,10 @@ class Deploy:
     def call(self, state: State, ctx: Context) -> State:
         """Build it; what goes wrong is told, and does not take the student with it."""
         assert state.emitted is not None
+        if ctx.config.optimized and isinstance(ctx.backend, Optimizer):
+            made = ctx.backend.optimized(state.emitted, BuildSpec(ctx.threads, ctx.config.batch))
+            ctx.note(f"{made.file} is for {made.facts['device']} and {made.facts['built_by']} alone; model.onnx is not")
+            return replace(state, deployed=made)
         if not isinstance(ctx.backend, Deployer):
             return state
         try:

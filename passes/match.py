@@ -19,6 +19,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import count_macs, leaf_of, shapes_of
 from hantc.dialect.linear import Linear, MatMul
 from hantc.dialect.norm import BatchNorm
+from hantc.dialect.pattern import Pattern, find, installed
 from hantc.dialect.pool import GlobalPool, Pool
 from hantc.dialect.shape import Concat
 from hantc.dialect.verbatim import Verbatim
@@ -50,12 +51,20 @@ class _Element:
 class Matcher:
     """Finds regions of one graph with dominators and post-dominators."""
 
-    def __init__(self, module: fx.GraphModule, *, max_span: int | None = None, named: Sequence[str] = ()) -> None:
-        self.module, self.max_span, self.named = module, max_span, named
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        *,
+        max_span: int | None = None,
+        named: Sequence[str] = (),
+        patterns: Sequence[Pattern] = (),
+    ) -> None:
+        self.module, self.max_span, self.named, self.patterns = module, max_span, named, patterns
         self.shapes = shapes_of(module, example_inputs(module.meta["info"], _BATCH))
         self.order = {n.name: i for i, n in enumerate(module.graph.nodes)}
         self.nodes = {n.name: n for n in module.graph.nodes}
         self.rejections: list[Rejection] = []
+        self.misses: list[Rejection] = []  # what nearly was a region of some kind, and is one of another or none
         self.asked: set[str] = set()  # last nodes of the regions of `named`
 
     # -- structure -----------------------------------------------------------------------------------------
@@ -144,6 +153,9 @@ class Matcher:
             j = self._skip_tail(es, j + 1)
         project = self._conv(es[j]) if j < len(es) else None
         if project is None or project.groups != 1 or set(project.kernel) != {1}:
+            what = "several paths" if j < len(es) and not es[j].simple else es[j].exit if j < len(es) else "the end"
+            where = next(e.exit for e in es[i:] if self._conv(e) is depthwise)
+            self._miss("inverted_residual", where, f"it wants a 1×1 convolution behind the depthwise one, finds {what}")
             return i
         return self._skip_tail(es, j + 1)
 
@@ -164,15 +176,38 @@ class Matcher:
         return "residual"
 
     def blocks(self, es: list[_Element]) -> list[tuple[str, list[_Element]]]:
-        """`group`, but for the regions that were asked for by name, which stay as they are."""
-        ranges = asked_for(self.named, self.module, [(e.entry, e.exit) for e in es])
+        """`group`, but for the regions that were asked for, by name or by a pattern, which stay as they are."""
+        asked = asked_for(self.named, self.module, [(e.entry, e.exit) for e in es])
+        ranges = self._patterned(es, [(begin, end, "") for begin, end in asked])
         found: list[tuple[str, list[_Element]]] = []
-        at, self.asked = 0, {es[end - 1].exit for _, end in ranges}
-        for begin, end in ranges:
+        at, self.asked = 0, {es[end - 1].exit for _, end in asked}
+        for begin, end, kind in ranges:
             whole = _Element(es[begin].entry, es[end - 1].exit, tuple(n for e in es[begin:end] for n in e.nodes))
-            found += [*self.group(es[at:begin], self._has_conv(es[:at])), (self._composite_kind(whole), es[begin:end])]
+            kind = kind or self._composite_kind(whole)
+            found += [*self.group(es[at:begin], self._has_conv(es[:at])), (kind, es[begin:end])]
             at = end
         return found + self.group(es[at:], self._has_conv(es[:at]))
+
+    def _patterned(self, es: list[_Element], taken: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+        """What is `taken`, and where the patterns fit besides, in order."""
+        begins, ends = {e.entry: i for i, e in enumerate(es)}, {e.exit: i + 1 for i, e in enumerate(es)}
+        for p in self.patterns:
+            found, misses = find(p, self.module)
+            for m in misses:
+                self._miss(p.name, m.exit, f"{m.matched} of {m.total} operations fit; {m.reason}")
+            for f in found:
+                begin, end = begins.get(f.entry, -1), ends.get(f.exit, -1)
+                loose = [n for n, place in ((f.entry, begin), (f.exit, end)) if place < 0]
+                if loose:
+                    self._miss(p.name, f.exit, f"it fits, but not every path from input to output passes {loose[0]}")
+                elif any(begin < e and b < end for b, e, _ in taken):
+                    self._miss(p.name, f.exit, "it fits, but overlaps with what was asked for or found before")
+                else:
+                    taken.append((begin, end, p.kind))
+        return sorted(taken)
+
+    def _miss(self, what: str, where: str, why: str) -> None:
+        self.misses.append(Rejection(f"{what} at {where}", why, (where,)))
 
     def _has_conv(self, es: list[_Element]) -> bool:
         return any(isinstance(m, Conv) for e in es for m in self.leaves(e.nodes))
@@ -263,7 +298,8 @@ class Matcher:
                 atoms.append((made, es))
         joined = self._dense_blocks(atoms) + self._spans(atoms, self.max_span or (2 if len(atoms) > _DEEP else 3))
         regions = [self._with_parent(r, joined) for r, _ in atoms] + joined
-        return MatchResult(tuple(regions), tuple(self._merged()), len(atoms))
+        misses = tuple({m.where: m for m in self.misses}.values())
+        return MatchResult(tuple(regions), tuple(self._merged()), len(atoms), misses)
 
     def _with_parent(self, region: Region, joined: list[Region]) -> Region:
         holders = [j for j in joined if set(region.atoms) < set(j.atoms)]
@@ -314,11 +350,18 @@ class Matcher:
         return merged
 
 
-def match_regions(module: fx.GraphModule, *, max_span: int | None = None, named: Sequence[str] = ()) -> MatchResult:
+def match_regions(
+    module: fx.GraphModule,
+    *,
+    max_span: int | None = None,
+    named: Sequence[str] = (),
+    patterns: Sequence[Pattern] = (),
+) -> MatchResult:
     """Regions of a graph module of leaves (DESIGN §5); spans join up to `max_span` neighbouring blocks (by
     default three, in deep networks two: their pairs alone double the candidates). `named`: regions that are wanted
-    just so, as "FROM:TO" (see `asked_for`, which also raises UsageError)."""
-    return Matcher(module, max_span=max_span, named=named).match()
+    just so, as "FROM:TO" (see `asked_for`, which also raises UsageError); `patterns`: where they fit, and nothing of
+    `named` is in the way, is a region."""
+    return Matcher(module, max_span=max_span, named=named, patterns=patterns).match()
 
 
 class Match:
@@ -331,6 +374,6 @@ class Match:
     def call(self, state: State, ctx: Context) -> State:
         """Find the regions of the normalized network."""
         assert state.network is not None
-        found = match_regions(state.network, named=ctx.config.region)
+        found = match_regions(state.network, named=ctx.config.region, patterns=installed())
         ctx.reporter.event("match", regions=len(found.regions), atoms=found.n_atoms, rejected=len(found.rejections))
         return replace(state, match=found)

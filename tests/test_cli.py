@@ -170,6 +170,21 @@ def test_no_data_is_exact(tiny: Tiny, cli: Cli, tmp_path: Path, run_model: Calla
     assert "note:" in result.out and "\n\n" not in result.err
 
 
+def test_the_file_as_the_engine_rewrites_it(
+    tiny: Tiny, cli: Cli, tmp_path: Path, run_model: Callable[..., Any]
+) -> None:
+    argv = (tiny.model, "--threads", "1", "--out", tmp_path / "run", "--store", tmp_path / "store")
+    result = cli(*argv, "--optimized")
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    path = tmp_path / "run" / "model.optimized.onnx"
+    assert summary["engine"]["file"] == path.name and "ONNX Runtime" in summary["engine"]["built_by"]
+    both = [run_model(p, tiny.feeds()) for p in (tmp_path / "run" / "model.onnx", path)]
+    assert np.allclose(both[0], both[1], atol=1e-5)
+    assert cli(*argv).code == 0
+    assert not path.exists(), "it was of the run before"
+
+
 def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hantc.report.live._TELL_S", 0.0)
     reporter: Reporter = RichReporter()
@@ -196,6 +211,7 @@ def test_a_bar_that_fails_says_nothing_is_done(capsys: pytest.CaptureFixture[str
         (("explain", "RUN", "r01"), "residual"),
         (("diff", "RUN", "RUN"), "0 of "),
         (("regions", "MODEL"), "r01_r02"),
+        (("regions", "MODEL", "--why"), "near misses"),
         (("pool",), "cb_stack"),
         (("pool", "--family", "efn", "--in", "16x8x8"), "efn_e1_k1_se0"),
         (("targets",), "roofline"),

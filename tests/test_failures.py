@@ -150,6 +150,7 @@ def test_val_without_data(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
         (("--precision", "fp16"), "has no fp16"),
         (("--threads", "0"), "--threads"),
         (("--batch", "-1"), "--batch"),
+        (("--optimized", "--backend", "roofline"), "roofline writes no such file"),
         (("--preprocess", "nothing.json"), "neither a file nor one of"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",

@@ -12,9 +12,9 @@ import onnx
 
 from hantc.backends.device import cpu_capabilities
 from hantc.backends.feeds import input_dims, timing_feeds
-from hantc.backends.timing import measure_artefacts
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
 from hantc.core.errors import HantcError, ModelError
+from hantc.core.timing import measure_artefacts
 from hantc.core.types import Protocol, Timing
 
 try:
@@ -74,7 +74,7 @@ class OpenVinoBackend:
         return Artefact(handle=handle, feeds=feeds, size_bytes=len(data))
 
     def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
-        """Interleaved latencies (`hantc.backends.timing`)."""
+        """Interleaved latencies (`hantc.core.timing`)."""
         return measure_artefacts(
             artefacts, protocol, bound_run, lambda e: f"OpenVINO fails while running the model: {_first_line(e)}"
         )

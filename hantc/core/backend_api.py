@@ -87,6 +87,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Optimizer(Protocol):
+    """A backend that can write down what it makes of a model on this machine, so that it need not do so again."""
+
+    def optimized(self, model: onnx.ModelProto, spec: BuildSpec) -> Deployed:
+        """The model as the engine has rewritten it, for this machine alone. ModelError if it does not take it."""
+        ...
+
+
+@runtime_checkable
 class Deployer(Protocol):
     """A backend that has a format of its own for finished networks, beside ONNX."""
 

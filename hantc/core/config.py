@@ -128,6 +128,7 @@ class CompileConfig(BaseModel):
     batch: int = Field(default=1, ge=1)
     lut: Path | None = None
     foreign_lut: bool = False  # the table is of another device, and its latencies count
+    optimized: bool = False  # also leave the file as the engine rewrites it for this machine
     out: Path
     store: Path
     store_limit: int = Field(default=10 << 30, ge=0)  # bytes; what was unused longest goes when a run has ended

@@ -77,11 +77,13 @@ class Rejection:
 
 @dataclass(frozen=True)
 class MatchResult:
-    """Regions in topological order. `n_atoms` atoms are numbered 0…n-1."""
+    """Regions in topological order. `n_atoms` atoms are numbered 0…n-1. `misses`: what nearly was a region of some
+    kind, or nearly fitted a pattern."""
 
     regions: tuple[Region, ...]
     rejections: tuple[Rejection, ...]
     n_atoms: int
+    misses: tuple[Rejection, ...] = ()
 
     def region(self, name: str) -> Region:
         """The region called `name`; KeyError if there is none."""

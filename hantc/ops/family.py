@@ -72,7 +72,11 @@ class Family(ABC):
 
     def reject(self, spec: CandidateSpec, signature: Signature) -> str:
         """Why `spec` cannot be built for `signature`; "" if it can."""
-        return self._malformed(spec) or unserved(signature) or self.misfit(spec, signature)
+        return self._malformed(spec) or self.unserved(signature) or self.misfit(spec, signature)
+
+    def unserved(self, signature: Signature) -> str:
+        """Why the family serves no such shapes at all; "" if it may. Here: feature maps, (C, H, W), alone."""
+        return unserved(signature)
 
     def estimate(self, spec: CandidateSpec, signature: Signature) -> tuple[int, int]:
         """(multiply-accumulates per sample, weights) of the built module. HantcError if rejected.
@@ -131,6 +135,14 @@ def _same_kind(value: ParamValue, like: ParamValue) -> bool:
     if isinstance(like, float):  # plans read back from JSON may hold 1 for 1.0
         return isinstance(value, (int, float))
     return type(value) is type(like)
+
+
+def unserved_tokens(signature: Signature) -> str:
+    """Why `signature` is not one of token sequences, (T, C) to (T, C); "" if it is."""
+    for what, shape in (("input", signature.in_shape), ("output", signature.out_shape)):
+        if len(shape) != 2 or min(shape) < 1:
+            return f"the {what} {shape} is not of the form (T, C)"
+    return ""
 
 
 def unserved(signature: Signature) -> str:

@@ -8,7 +8,7 @@ from hantc.core.types import CandidateSpec, Signature
 from hantc.dialect.activation import activation
 from hantc.dialect.pool import Pool
 from hantc.dialect.shape import Pad
-from hantc.ops.family import PAPER, Family
+from hantc.ops.family import PAPER, Family, unserved, unserved_tokens
 from hantc.ops.geometry import divides, strides
 
 IDEMPOTENT = frozenset({"relu", "relu6"})
@@ -26,8 +26,14 @@ class Identity(Family):
     name = "identity"
     source = f"{PAPER}, operation pool, identity"
 
+    def unserved(self, signature: Signature) -> str:
+        """Feature maps, and token sequences, whose attention or feed-forward parts can be left out."""
+        return unserved_tokens(signature) and unserved(signature)
+
     def misfit(self, spec: CandidateSpec, signature: Signature) -> str:
         """Channels must not shrink, and each resolution be divided by an integer, rounded up or down."""
+        if len(signature.in_shape) == 2:
+            return "" if signature.in_shape == signature.out_shape else "the identity keeps tokens and channels"
         c_in, c_out = signature.in_shape[0], signature.out_shape[0]
         if c_out < c_in:
             return f"the identity cannot drop channels ({c_in} to {c_out})"
@@ -52,7 +58,7 @@ class Identity(Family):
 class _PoolPad(nn.Module):
     def __init__(self, signature: Signature) -> None:
         super().__init__()
-        stride = strides(signature)
+        stride = strides(signature) if len(signature.in_shape) > 2 else (1, 1)
         self.pool: Pool | None = None
         self.pad: Pad | None = None
         if stride != (1, 1):

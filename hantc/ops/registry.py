@@ -29,6 +29,7 @@ from hantc.ops.identity import Identity
 from hantc.ops.lambda_layer import LambdaLayer
 from hantc.ops.low_rank import LowRank
 from hantc.ops.merged import Merged
+from hantc.ops.mixer import Mixer
 from hantc.ops.repvgg import RepVGG
 from hantc.ops.s2d import S2D
 from hantc.ops.slim import Slim
@@ -67,6 +68,7 @@ _BUILTIN: tuple[Family, ...] = (
     ViT(),
     BotTrans(),
     LambdaLayer(),
+    Mixer(),
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _BUILTIN})

@@ -10,8 +10,9 @@ from hantc.core.types import MatchResult
 from hantc.report.text import clean, fmt_count
 
 
-def regions_table(found: MatchResult) -> RenderableType:
-    """Regions with kinds, shapes, sizes and nesting; then what is no region, and why."""
+def regions_table(found: MatchResult, *, why: bool = False) -> RenderableType:
+    """Regions with kinds, shapes, sizes and nesting; then what is no region, and why; `why`: also what nearly was one
+    of another kind."""
     table = Table(
         "region", "kind", "input", "output", "MACs", "params", "ops", "part of", title=f"{len(found.regions)} regions"
     )
@@ -29,4 +30,10 @@ def regions_table(found: MatchResult) -> RenderableType:
     rest = Table("cannot be replaced", "why", title="the rest")
     for j in found.rejections:
         rest.add_row(Text(clean(j.where)), Text(clean(j.reason)))
-    return Group(table, rest) if found.rejections else table
+    parts: list[RenderableType] = [table, rest] if found.rejections else [table]
+    if why:
+        near = Table("nearly", "why not", title="near misses" if found.misses else "no near misses")
+        for m in found.misses:
+            near.add_row(Text(clean(m.where)), Text(clean(m.reason)))
+        parts.append(near)
+    return Group(*parts)

@@ -118,7 +118,7 @@ class Summary(_Record):
     notes: tuple[str, ...] = ()
     ops: OpCounts = Field(default_factory=OpCounts)
     predicted: bool = False  # the latencies come from the backend's model of the machine, not from a clock
-    engine: dict[str, Any] | None = None  # of GPU targets: file, compute capability, layers' types; or the reason
+    engine: dict[str, Any] | None = None  # a file beside model.onnx and facts about it, or the reason
     backend: str | None = None
     teacher_by_backend: dict[str, float] = Field(default_factory=dict)  # ms, with each engine that there was
     target_definition: dict[str, Any] = Field(default_factory=dict)  # what `target` was then: it may be a file

@@ -1,9 +1,6 @@
-"""ONNX Runtime backend: fingerprint, timing statistics, refusals."""
+"""ONNX Runtime backend: fingerprint, refusals."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -13,7 +10,6 @@ from onnx import TensorProto, helper
 from hantc.backends import device
 from hantc.backends.feeds import random_feeds
 from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
-from hantc.backends.timing import measure_interleaved
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.types import Device, Protocol
@@ -53,87 +49,14 @@ def test_capabilities_agree_with_the_flags() -> None:
     caps = OnnxRuntimeBackend().capabilities()
     assert caps.reduce_range == device.needs_reduced_range(caps.device)
     assert any(n.startswith("no VNNI: ") for n in caps.notes) == caps.reduce_range
+    assert caps.channel_block == device.channel_block(caps.device)
 
 
-class FakeRuns:
-    """Callables that take given times on a simulated clock."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.calls: list[str] = []
-
-    def run(self, name: str, times_ms: list[float]) -> Callable[[], None]:
-        """A callable; its durations cycle through `times_ms`."""
-        durations = itertools.cycle(times_ms)
-
-        def call() -> None:
-            self.now += int(next(durations) * 1e6)
-            self.calls.append(name)
-
-        return call
-
-
-def test_samples_are_interleaved_and_long_enough() -> None:
-    fake = FakeRuns()
-    runs = [fake.run("a", [1.0]), fake.run("b", [10.0])]
-    timings = measure_interleaved(runs, Protocol(1, warmup=2, samples=5, min_sample_ms=3.0), lambda: fake.now)
-    assert [(t.median_ms, t.iqr_ms, t.samples) for t in timings] == [(1.0, 0.0, 5), (10.0, 0.0, 5)]
-    # a sample of a is 3 runs, one of b is 1, each after one untimed; the order rotates
-    assert "".join(fake.calls[8:]) == "aaaabb" + "bbaaaa" + "aaaabb" + "bbaaaa" + "aaaabb"
-
-
-def test_interruptions_do_not_move_the_result() -> None:
-    fake = FakeRuns()
-    spiky = [1.0] * 9 + [40.0]
-    protocol = Protocol(1, samples=15, min_sample_ms=5.0)
-    (timing,) = measure_interleaved([fake.run("a", spiky)], protocol, lambda: fake.now)
-    assert (timing.median_ms, timing.iqr_ms, timing.samples) == (1.0, 0.0, 25)
-
-
-def test_long_samples_are_cut_into_short_ones_of_the_same_total() -> None:
-    fake = FakeRuns()
-    runs = [fake.run("a", [1.0]), fake.run("b", [5.0])]
-    timings = measure_interleaved(runs, Protocol(1, warmup=1, samples=4, min_sample_ms=15.0), lambda: fake.now)
-    # 4 rounds of 15 + 15 ms are 15 rounds of 3 + 5 ms
-    assert [(t.median_ms, t.samples) for t in timings] == [(1.0, 15), (5.0, 15)]
-
-
-def test_a_machine_that_is_rarely_quiet_still_gives_the_quiet_figure() -> None:
-    fake = FakeRuns()
-    run = fake.run("a", [1.0] * 10 + [1.4] * 90)  # a tenth of the time at full speed
-    (timing,) = measure_interleaved([run], Protocol(1, samples=100, min_sample_ms=0.1), lambda: fake.now)
-    assert timing.median_ms == pytest.approx(1.0)
-
-
-def test_slow_spells_show_in_the_spread_but_not_in_the_median() -> None:
-    fake = FakeRuns()
-    run = fake.run("a", [1.0] * 12 + [2.0] * 20)
-    (timing,) = measure_interleaved([run], Protocol(1, samples=16, min_sample_ms=0.1), lambda: fake.now)
-    assert timing.median_ms == 1.0 and timing.iqr_ms == 1.0
-
-
-def test_very_short_runs_are_timed_in_groups() -> None:
-    fake = FakeRuns()
-    reads = 0
-
-    def clock() -> int:
-        nonlocal reads
-        reads += 1
-        return fake.now
-
-    (timing,) = measure_interleaved(
-        [fake.run("a", [0.001])], Protocol(1, warmup=1, samples=2, min_sample_ms=1.0), clock
-    )
-    assert timing.median_ms == pytest.approx(0.001)
-    assert len(fake.calls) == 2 + 2 * (1 + 1000)
-    assert reads == 2 * (1 + 2 * 10)
-
-
-def test_wide_spread_asks_for_more_rounds_up_to_a_limit() -> None:
-    fake = FakeRuns()
-    runs = [fake.run("a", [1.0, 3.0, 2.0]), fake.run("b", [1.0])]
-    timings = measure_interleaved(runs, Protocol(1, samples=4, min_sample_ms=0.1), lambda: fake.now)
-    assert [t.samples for t in timings] == [8, 8]
+@pytest.mark.parametrize(
+    ("flags", "block"), [(("avx2",), 8), (("avx2", "avx512_vnni", "avx512f"), 16), (("asimddp",), 0), ((), 0)]
+)
+def test_blocks_are_as_wide_as_registers(flags: tuple[str, ...], block: int) -> None:
+    assert device.channel_block(Device("x", flags, 1, ())) == block
 
 
 def net(dims: list[int | str | None], elem_type: int = TensorProto.FLOAT) -> onnx.ModelProto:

@@ -23,6 +23,7 @@ from hantc.ops.registry import FAMILIES, Family
 WIDE = Signature((256, 14, 14), (256, 14, 14), "relu")
 GRID_SIZES = {"identity": 1, "cb_stack": 40, "cb_bottle": 40, "cb_res": 40, "conv_cs": 40, "repvgg": 40}
 GRID_SIZES |= {"efn": 27, "efnv2": 27, "tresnet": 12, "s2d": 2, "dense_conv": 9, "vit": 36, "bot_trans": 6, "lambda": 6}
+GRID_SIZES |= {"mixer": 20}
 
 
 class Pointwise(Family):
@@ -75,7 +76,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, *attributes: str) -> None:
 def test_grid_sizes() -> None:
     assert {name: len(f.grid()) for name, f in FAMILIES.items()} == GRID_SIZES
     fitting = {name: len(f.specs(WIDE)) for name, f in FAMILIES.items()}
-    assert fitting == {**GRID_SIZES, "dense_conv": 0, "s2d": 0}, "which add channels, and are for stems"
+    assert fitting == {**GRID_SIZES, "dense_conv": 0, "s2d": 0, "mixer": 0}, "for wider, for stems, for tokens"
     assert len(registry.propose(WIDE)) == sum(fitting.values()) == 315
 
 

@@ -16,8 +16,8 @@ import onnx
 
 from hantc.backends.onnxruntime import backend as onnxruntime
 from hantc.backends.openvino import backend as openvino
-from hantc.backends.timing import measure_interleaved
 from hantc.core.backend_api import BuildSpec
+from hantc.core.timing import measure_interleaved
 from hantc.core.types import Protocol
 
 
