@@ -27,6 +27,8 @@ from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_for
 from hantc.passes.state import Context, Proposal, State
 
+_SLACK = 0.8  # the peak may have been measured in a slower minute than the one that rows are scaled to
+
 
 class Cost:
     """Proposals -> latency table measured on the target, for candidates, teacher and borders."""
@@ -55,7 +57,7 @@ class Cost:
                 mine = [p for p in state.proposals if p.region == region.name]
                 share = 1 + len(mine)
                 if ceilings is not None and mine:
-                    mine, hopeless = _hopeful(mine, meter.rows(work), ceilings, ctx.threads)
+                    mine, hopeless = _hopeful(mine, meter.rows(work), ceilings, ctx)
                     skipped += hopeless
                 for p in mine:
                     origin = origin_for(p.spec, state.network, state.match, region)
@@ -178,15 +180,15 @@ class Cost:
 
 
 def _hopeful(
-    proposals: Sequence[Proposal], own: Sequence[CostRow], ceilings: Ceilings, threads: int
+    proposals: Sequence[Proposal], own: Sequence[CostRow], ceilings: Ceilings, ctx: Context
 ) -> tuple[list[Proposal], list[tuple[str, str, str, str]]]:
     """Those that may be faster than the teacher's own operation (`own`: its rows), if the machine reaches its peak all
     the way; and (region, candidate, precision, reason) of the others."""
-    peak = max(ceilings.peak(r.precision, threads) for r in own)
+    peak = max(ceilings.peak(r.precision, ctx.threads) for r in own) / _SLACK
     bar = min(r.latency_ms for r in own)
     kept, dropped = [], []
     for p in proposals:
-        least = 1e3 * 2 * p.macs / peak
+        least = 1e3 * 2 * p.macs * ctx.config.batch / peak
         if least <= bar:
             kept.append(p)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from hantc.core.backend_api import BuildSpec, Deployer, Optimizer
+from hantc.core.backend_api import BuildSpec, Deployed, Deployer, Optimizer
 from hantc.core.errors import HantcError
 from hantc.passes.state import Context, State
 
@@ -22,19 +22,29 @@ class Deploy:
     def call(self, state: State, ctx: Context) -> State:
         """Build it; what goes wrong is told, and does not take the student with it."""
         assert state.emitted is not None
-        if ctx.config.optimized and isinstance(ctx.backend, Optimizer):
-            made = ctx.backend.optimized(state.emitted, BuildSpec(ctx.threads, ctx.config.batch))
-            ctx.note(f"{made.file} is for {made.facts['device']} and {made.facts['built_by']} alone; model.onnx is not")
-            return replace(state, deployed=made)
-        if not isinstance(ctx.backend, Deployer):
+        optimized = ctx.config.optimized and isinstance(ctx.backend, Optimizer)
+        if not optimized and not isinstance(ctx.backend, Deployer):
             return state
+        spec = BuildSpec(ctx.threads, ctx.config.batch)
         try:
-            with ctx.reporter.bar("building the engine", 1.0):
-                made = ctx.backend.deploy(state.emitted, BuildSpec(ctx.threads, ctx.config.batch))
+            with ctx.reporter.bar("building the engine's own file", 1.0):
+                if optimized and isinstance(ctx.backend, Optimizer):
+                    made = ctx.backend.optimized(state.emitted, spec)
+                else:
+                    assert isinstance(ctx.backend, Deployer)
+                    made = ctx.backend.deploy(state.emitted, spec)
         except Exception as error:  # a third party's code may raise anything, and an engine's builder does
             reason = error.message if isinstance(error, HantcError) else f"{type(error).__name__}: {error}"
             ctx.note(f"no engine: {reason}")
             return replace(state, undeployed=reason)
+        if optimized:
+            ctx.note(f"{made.file} is for {made.facts['device']} and {made.facts['built_by']} alone; model.onnx is not")
+        else:
+            self._tell(made, ctx)
+        return replace(state, deployed=made)
+
+    @staticmethod
+    def _tell(made: Deployed, ctx: Context) -> None:
         facts = made.facts
         ctx.reporter.event("deploy", **{k: v for k, v in facts.items() if k != "messages"})
         wide = list(facts.get("float32_layers", ()))
@@ -47,4 +57,3 @@ class Deploy:
         )
         for message in facts.get("messages", ()):
             ctx.note(f"the engine's builder says: {message}")
-        return replace(state, deployed=made)

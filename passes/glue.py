@@ -74,7 +74,7 @@ def balance(
     total = sum(r.latency_ms for r in rows if r.region in atoms and untouched(r.candidate, r.precision))
     floor = _LEAST * teacher_ms
     if total <= 0:
-        return max(teacher_ms, floor), 1.0
+        return teacher_ms, 1.0
     if glue_ms is not None:
         scale = teacher_ms / (total + glue_ms)
         if _RATIO[0] <= scale <= _RATIO[1]:

@@ -29,7 +29,7 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
         atoms = frozenset(match.region(row.region).atoms)
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
         score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
-        ms = _inside(state.costs, row.candidate, row.precision, cost.latency_ms)
+        ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
         items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
@@ -38,7 +38,7 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
     return clean(problem)[0]
 
 
-def _inside(costs: CostTable, candidate: str, precision: str, ms: float) -> float:
+def inside_ms(costs: CostTable, candidate: str, precision: str, ms: float) -> float:
     """What a part that takes `ms` alone takes in a network."""
     factor: float = getattr(costs.correction, _kind(candidate, precision))
     return ms * costs.scale * factor

@@ -20,7 +20,7 @@ from hantc.passes.bench import Bench
 from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import Judge, fast_layout, output_kind
 from hantc.passes.limits import Allowance, allowances, check_reachable
-from hantc.passes.program import make_problem, specs_of
+from hantc.passes.program import inside_ms, make_problem, specs_of
 from hantc.passes.state import Context, Evaluated, State
 from hantc.passes.trials import Trial, corrected, measure_students, trials
 from hantc.search.explore import explore
@@ -145,7 +145,7 @@ class Select:
     def _exact(state: State, ctx: Context) -> Plan:
         """Without data: of each region's exact forms the fastest, where it is clearly faster than the teacher's own."""
         assert state.costs is not None and state.match is not None and state.weights is not None
-        costs, scale, specs = state.costs.by_key(), state.costs.scale, specs_of(state)
+        costs, specs = state.costs.by_key(), specs_of(state)
         choices = []
         for r in (r for r in state.match.regions if len(r.atoms) == 1):
             own = costs[r.name, "teacher", ctx.base].latency_ms
@@ -154,7 +154,9 @@ class Select:
             cost, candidate = min(offers, default=(own, "teacher"))
             if cost > _CLEARLY * own:
                 cost, candidate = own, "teacher"
-            choices.append(Choice(r.name, r.kind, candidate, ctx.base, 0.0, scale * cost, scale * own))
+            cost = inside_ms(state.costs, candidate, ctx.base, cost)
+            own = inside_ms(state.costs, "teacher", ctx.base, own)
+            choices.append(Choice(r.name, r.kind, candidate, ctx.base, 0.0, cost, own))
         saved = sum(c.teacher_cost_ms - c.cost_ms for c in choices)
         budget = wanted_ms(state.costs, ctx) if ctx.config.budget else state.costs.teacher_ms
         method = {"method": "exact rewrites only (no --data)"}

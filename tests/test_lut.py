@@ -138,7 +138,10 @@ def test_merged_halves_are_the_whole(compiled: Compiled, cli: Cli, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("teacher_ms", 0.0), ("teacher_ms", "NaN"), ("scale", -1.0), ("row", -5.0), ("row", "NaN"), ("correction", 0.0)],
+    [
+        *(("teacher_ms", 0.0), ("teacher_ms", "NaN"), ("scale", -1.0), ("row", -5.0), ("row", "NaN")),
+        *(("correction", 0.0), ("corrections", 1.0), ("glue_ms", -1.0), ("transitions", -9.0)),
+    ],
 )
 def test_figures_that_are_none(compiled: Compiled, cli: Cli, tmp_path: Path, key: str, value: float | str) -> None:
     content = json.loads((compiled.folder / "lut.json").read_text())
@@ -146,6 +149,10 @@ def test_figures_that_are_none(compiled: Compiled, cli: Cli, tmp_path: Path, key
         content["rows"][0]["latency_ms"] = float(value)
     elif key == "correction":
         content["correction"]["int8"] = float(value)
+    elif key == "corrections":
+        content["correction"]["foo"] = float(value)
+    elif key == "transitions":
+        content["transitions"][0][1] = float(value)
     else:
         content[key] = float(value)
     path = tmp_path / "wrong.json"

@@ -90,9 +90,16 @@ def read_lut(path: Path) -> Lut:
     if not table.rows:
         raise UsageError("holds no rows", where=where, hint=hint)
     factors = {f"correction.{k}": v for k, v in asdict(table.correction).items()}
-    for name, value in {"teacher_ms": table.teacher_ms, "scale": table.scale, "pace": table.pace, **factors}.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UsageError(f"holds a wrong entry, {name}: {value}", where=where, hint=hint)
+    for name, x in {"teacher_ms": table.teacher_ms, "scale": table.scale, "pace": table.pace, **factors}.items():
+        if not (math.isfinite(x) and x > 0):
+            raise UsageError(f"holds a wrong entry, {name}: {x}", where=where, hint=hint)
+    unknown = set(value.get("correction") or ()) - set(asdict(table.correction))
+    if unknown:
+        raise UsageError(f"holds a wrong entry, correction.{min(unknown)}: there is none", where=where, hint=hint)
+    costs = {"glue_ms": table.glue_ms, **{f"transitions.{shape}": ms for shape, ms in table.transitions}}
+    for name, ms in costs.items():
+        if not (math.isfinite(ms) and ms >= 0):
+            raise UsageError(f"holds a wrong entry, {name}: {ms}", where=where, hint=hint)
     for row in table.rows:
         if not (math.isfinite(row.latency_ms) and row.latency_ms >= 0):
             flaw = f"the latency of {row.candidate} in {row.region}: {row.latency_ms} ms"

@@ -19,11 +19,12 @@ from collections import defaultdict
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 _HELD = frozenset({"Relu", "Sigmoid", "Tanh", "Clip", "LeakyRelu", "HardSigmoid", "Elu", "BatchNormalization"})
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
 _JOINS = frozenset({"Add", "Sum", "Concat"})
+_DOMAINS = ("", "ai.onnx")
 _RANK = 4
 
 
@@ -37,7 +38,7 @@ def anchored(model: ModelProto, block: int) -> tuple[ModelProto, tuple[str, ...]
         return model, ()
     made = ModelProto()
     made.CopyFrom(model)
-    nodes, names = list(made.graph.node), {n.name for n in made.graph.node}
+    nodes, names = list(made.graph.node), _names(made.graph)
     del made.graph.node[:]
     behind: dict[str, str] = {}
     for node in nodes:
@@ -80,7 +81,7 @@ class _Flow:
 
     def visit(self, node: NodeProto) -> None:
         """Note whether the node's output is held in blocks, or will be behind an anchor."""
-        if not node.input or not node.output:
+        if not node.input or not node.output or node.domain not in _DOMAINS:
             return
         out, kind = node.output[0], node.op_type
         if kind == "Conv" or kind in _POOLS:
@@ -117,6 +118,8 @@ class _Flow:
         return any(self._blocks(r, name) for r in self.readers[name])
 
     def _blocks(self, reader: NodeProto, name: str) -> bool:
+        if reader.domain not in _DOMAINS:
+            return False
         if reader.op_type in _HELD:
             return self._goes_on(reader.output[0])
         if reader.op_type == "Conv":
@@ -143,8 +146,21 @@ def _anchor(name: str, label: str, channels: int) -> tuple[NodeProto, TensorProt
     return node, weight
 
 
-def _unused(name: str, names: set[str]) -> str:
-    while name in names:
-        name += "_"
-    names.add(name)
-    return name
+def _names(graph: GraphProto) -> set[str]:
+    """Every name in a graph and the graphs within: of nodes, tensors and weights."""
+    values = (*graph.input, *graph.output, *graph.initializer, *graph.value_info)
+    found = {v.name for v in values} | {i.values.name for i in graph.sparse_initializer}
+    for node in graph.node:
+        found.update((node.name, *node.input, *node.output))
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                found |= _names(inner)
+    return found
+
+
+def _unused(label: str, names: set[str]) -> str:
+    """`label`, or one like it, of which neither it nor what is called after it is among `names`, which it joins."""
+    while names & {label, f"{label}.out", f"{label}.weight"}:
+        label += "_"
+    names.update((label, f"{label}.out", f"{label}.weight"))
+    return label

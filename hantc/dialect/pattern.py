@@ -34,6 +34,7 @@ from hantc.dialect.verbatim import Verbatim
 GROUP = "hantc.patterns"
 _ANY_ORDER = frozenset({"add", "mul", "concat", "sum", "max", "min"})
 _MOST_ORDERED = 4  # operands that are tried in every order
+_MOST_STEPS = 20_000  # of the search at one node
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +116,43 @@ class Miss:
 
 
 def find(pattern: Pattern, module: fx.GraphModule) -> tuple[list[Found], list[Miss]]:
-    """Every place where the pattern fits, in the graph's order, and where at least half of it does."""
+    """Every place where the pattern fits, in the graph's order, and where more than half of it does. HantcError if its
+    function or one of its checks fails, or describes no part of a network."""
     source = Value()
-    root = pattern.build(Ops(), source)
-    total = len({id(v) for v in _walk(root) if v is not source and not v.optional})
+    try:
+        root = pattern.build(Ops(), source)
+        needed = _checked(pattern, root, source)
+        return _find(pattern, module, root, source, needed)
+    except HantcError:
+        raise
+    except RecursionError as e:
+        raise HantcError(f"the pattern {pattern.name!r} is too deep") from e
+    except Exception as e:  # the function, and its checks, may raise anything
+        raise HantcError(f"the pattern {pattern.name!r} fails: {type(e).__name__}: {e}") from e
+
+
+def _checked(pattern: Pattern, root: Value, source: Value) -> int:
+    """How many operations a part must have to fit. HantcError if the function does not describe a part."""
+    values = list(_walk(root))
+    wrong = [v for v in values if not isinstance(v, Value)]
+    count = sum(isinstance(v, Value) and v is not source and not v.optional for v in values)
+    reason = ""
+    if wrong:
+        reason = f"{wrong[0]!r} is no value of an operation"
+    elif source not in values:
+        reason = "it does not use its input"
+    elif not count:
+        reason = "it has no operation that must be there"
+    elif any(v.optional and len(v.inputs) != 1 for v in values):
+        reason = "op.act and op.norm read one value"
+    if reason:
+        raise HantcError(f"the pattern {pattern.name!r} describes no part of a network: {reason}")
+    return count
+
+
+def _find(
+    pattern: Pattern, module: fx.GraphModule, root: Value, source: Value, total: int
+) -> tuple[list[Found], list[Miss]]:
     found, misses = [], []
     for node in module.graph.nodes:
         if node.op != "call_module":
@@ -147,11 +181,18 @@ class _Search:
 
     def __init__(self, module: fx.GraphModule, source: Value) -> None:
         self.module, self.source = module, source
-        self.best, self.reason = 0, ""
+        self.best, self.reason, self.steps = 0, "", 0
 
     def match(self, value: Value, node: fx.Node, bound: _Bound) -> Iterator[_Bound]:
         """Every way in which `value` is what `node` gives."""
-        if value in bound and bound[value] is not None:
+        self.steps += 1
+        if self.steps > _MOST_STEPS:
+            self._missed(bound, "there are too many ways in which it may fit")
+            return
+        if value in bound and bound[value] is None:  # an optional one that is missing
+            yield from self.match(value.inputs[0], node, bound)
+            return
+        if value in bound:
             if bound[value] is node:
                 yield bound
             else:
@@ -166,7 +207,7 @@ class _Search:
             else:
                 self._missed(bound, f"at {node.name} it wants {why}")
             return
-        operands = node.all_input_nodes
+        operands = _operands_of(node)
         if len(operands) != len(value.inputs):
             self._missed(bound, f"{node.name} reads {len(operands)} values, {_label(value)} {len(value.inputs)}")
             return
@@ -210,10 +251,27 @@ class _Search:
         return ""
 
 
-def _walk(value: Value) -> Iterator[Value]:
-    yield value
-    for v in value.inputs:
-        yield from _walk(v)
+def _walk(root: Value) -> Iterator[Value]:
+    """Every value of a pattern, once."""
+    stack, seen = [root], set[int]()
+    while stack:
+        value = stack.pop()
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            stack += value.inputs if isinstance(value, Value) else ()
+
+
+def _operands_of(node: fx.Node) -> list[fx.Node]:
+    """What a node reads, a value that it reads twice twice."""
+    found: list[fx.Node] = []
+
+    def note(n: fx.Node) -> fx.Node:
+        found.append(n)
+        return n
+
+    fx.node.map_arg(node.args, note)
+    return found
 
 
 def _orders(value: Value, operands: Sequence[fx.Node]) -> Iterator[Sequence[fx.Node]]:

@@ -69,7 +69,7 @@ def doctor_table(data: dict[str, Any]) -> RenderableType:
 def calibrated(backend: str, out: Path | None) -> dict[str, Any]:
     """The ceilings of this machine as `backend` reaches them, and as a target in TOML; written to `out` if one is
     given. UsageError for an engine that cannot be timed here, or a file that cannot be written."""
-    if out is not None and (out.suffix != ".toml" or not out.absolute().parent.is_dir()):
+    if out is not None and (out.suffix != ".toml" or out.is_dir() or not out.absolute().parent.is_dir()):
         raise UsageError("must be a .toml file in a folder that exists", where=f"--out {out}")
     engine = get_backend(backend)
     can = engine.capabilities()
@@ -88,7 +88,9 @@ def calibrated(backend: str, out: Path | None) -> dict[str, Any]:
     text = _as_target(name, found.cores, facts)
     if out is not None:
         write_text(out, text)
-    return {"name": name, "cores": found.cores, "ceilings": facts, "toml": text, "out": str(out) if out else None}
+    note = "further cores added next to nothing: is the machine busy? measure again" if found.doubtful else ""
+    where = str(out) if out else None
+    return {"name": name, "cores": found.cores, "ceilings": facts, "toml": text, "out": where, "note": note}
 
 
 def _as_target(name: str, cores: int, facts: dict[str, float]) -> str:
@@ -109,7 +111,7 @@ def ceilings_table(data: dict[str, Any]) -> RenderableType:
     rows.add_row(f"bytes, {data['cores']} core(s)", f"{c['bandwidth_max'] / 1e9:.1f} GB/s")
     rows.add_row("starting an operation", f"{1e6 * c['op_overhead_s']:.1f} µs")
     where = f"written to {data['out']}" if data["out"] else "--out FILE.toml writes it as a target"
-    return Group(rows, Text(where))
+    return Group(rows, Text(where), *([Text(f"note: {data['note']}")] if data["note"] else []))
 
 
 def targets_data() -> list[dict[str, Any]]:

@@ -62,8 +62,7 @@ def check(models: Models, model: ModelProto, *expected: str, channels: int = C) 
     made, behind = anchored(model, BLOCK)
     assert behind == expected
     assert model.SerializeToString(deterministic=True) == before
-    added = [n for n in made.graph.node if n.name.startswith("anchor")]
-    assert len(added) == len(expected)
+    assert len(made.graph.node) == len(model.graph.node) + len(expected)
     x = np.asarray(models.rng.standard_normal((2, channels, 6, 6)), np.float32)
     assert np.allclose(run(made, x), run(model, x), atol=1e-5)
     return made
@@ -135,10 +134,39 @@ def test_a_pool_in_int8_stays(models: Models) -> None:
     check(models, build(models, *nodes))
 
 
-@pytest.mark.parametrize("taken", ["anchor_0", "other"])
-def test_names_stay_unique(models: Models, taken: str) -> None:
+@pytest.mark.parametrize("taken", ["anchor_0", "anchor_0.out", "anchor_0.weight"])
+@pytest.mark.parametrize("what", ["node", "value", "weight"])
+def test_names_stay_unique(models: Models, taken: str, what: str) -> None:
     nodes = [*rounded("x", "skip"), conv("skip", "a"), join("Add", "a", "skip"), conv("sum", "y")]
-    nodes[-1].name = taken
-    made, _ = anchored(build(models, *nodes), BLOCK)
-    names = [n.name for n in made.graph.node]
-    assert len(set(names)) == len(names)
+    model = build(models, *nodes)
+    if what == "node":
+        model.graph.node[-1].name = taken
+    old = {"value": "sum", "weight": "w"}.get(what, "")
+    for node in model.graph.node if old else ():
+        for side in (node.input, node.output):
+            side[:] = [taken if v == old else v for v in side]
+    for weight in model.graph.initializer:
+        weight.name = taken if weight.name == old else weight.name
+    check(models, model, "skip")
+
+
+def test_an_anchored_model_whose_nodes_lost_their_names(models: Models) -> None:
+    first = [*rounded("x", "skip"), conv("skip", "a"), join("Add", "a", "skip"), conv("sum", "b")]
+    model = build(models, *first, *rounded("b", "r"), conv("r", "c"), join("Add", "c", "r", target="d"), conv("d", "y"))
+    for node in model.graph.node:
+        node.name = ""
+    made, behind = anchored(model, BLOCK)
+    assert behind == ("skip", "r")
+    onnx.checker.check_model(made, full_check=True)
+
+
+@pytest.mark.parametrize("kind", ["Add", "Concat"])
+def test_operators_of_others_are_none_of_ours(models: Models, kind: str) -> None:
+    model = build(models, *rounded("x", "skip"), conv("skip", "a"), join(kind, "a", "skip"), conv("sum", "y"))
+    theirs = next(n for n in model.graph.node if n.op_type == kind)
+    theirs.domain = "my"
+    del theirs.attribute[:]
+    model.opset_import.append(helper.make_opsetid("my", 1))
+    shape = helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, ["N", C, 6, 6])
+    model.graph.value_info.append(shape)
+    assert anchored(model, BLOCK) == (model, ())

@@ -135,6 +135,75 @@ def test_operands_of_sums_in_any_order_and_values_read_twice() -> None:
         assert [len(f.nodes) for f in found] == [2]
 
 
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda op, x: x, "no operation that must be there"),
+        (lambda op, x: op.act(op.norm(x)), "no operation that must be there"),
+        (lambda op, x: None, "is no value of an operation"),
+        (lambda op, x: op.Conv(3), "is no value of an operation"),
+        (lambda op, x: op.Conv(Value()), "does not use its input"),
+        (lambda op, x: op.act(op.Conv(x), x), "read one value"),
+        (lambda op, x: op.Conv(x, kernel=lambda k: k > 3), "fails: TypeError"),
+        (lambda op, x: op.Conv(x, weight=0), "fails: RuntimeError"),
+        (lambda op, x: 1 / 0, "fails: ZeroDivisionError"),
+    ],
+)
+def test_what_describes_no_part_is_told_by_the_patterns_name(build: Any, reason: str) -> None:
+    with pytest.raises(HantcError, match=reason) as failure:
+        match_regions(graph(Conv(16, 16, 3)), patterns=[Pattern("mine", build)])
+    assert "'mine'" in failure.value.message
+
+
+def test_long_patterns_take_no_time() -> None:
+    """A whole stage: shared values are looked at once, not once for each way to them."""
+
+    def stage(op: Ops, x: Value) -> Value:
+        for _ in range(40):
+            x = op.Relu(op.Add(op.Conv(op.Relu(op.Conv(x))), x))
+        return x
+
+    assert find(Pattern("stage", stage), graph(Fire(16)))[0] == []
+
+
+def test_a_value_that_is_added_to_itself() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.add = Conv(16, 16, 1), Add()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            out: Tensor = self.add(y, y)
+            return out
+
+    def twice(op: Ops, x: Value) -> Value:
+        y = op.Conv(x)
+        return op.Add(y, y)
+
+    assert len(find(Pattern("twice", twice), graph(Twice()))[0]) == 1
+
+
+def test_a_missing_operation_is_missing_for_all_who_read_it() -> None:
+    class Uneven(nn.Module):
+        """One operand is read before the activation, the other behind it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.other, self.add = Conv(16, 16, 1), activation("relu"), Conv(16, 16, 3), Add()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            out: Tensor = self.add(self.other(y), self.act(y))
+            return out
+
+    def even(op: Ops, x: Value) -> Value:
+        h = op.act(op.Conv(x))
+        return op.Add(op.Conv(h, kernel=3), h)
+
+    assert find(Pattern("even", even), graph(Uneven()))[0] == []
+
+
 def test_regions_follow_patterns(fire: Pattern) -> None:
     module = graph(Fire(16), Conv(16, 16, 3), Fire(16, kernel=5))
     plain, asked = match_regions(module), match_regions(module, patterns=[fire])

@@ -91,11 +91,11 @@ def test_of_a_whole_pool_only_what_the_ceilings_allow_is_measured(lab: Lab) -> N
     macs = {(p.region, p.spec.name): p.macs for p in state.proposals}
     for region, candidate, precision, reason in table.skipped:
         assert precision == "*" and "at the machine's peak" in reason
-        assert macs[region, candidate] > 0.85 * own[region], "the teacher reaches the peak here, but for its borders"
+        assert macs[region, candidate] > 1.05 * own[region], "the teacher reaches the peak here, but for its borders"
         assert not [r for r in table.rows if (r.region, r.candidate) == (region, candidate)]
     # a machine that counts products has no candidate that is faster with clearly more of them
     measured = {(r.region, r.candidate) for r in table.rows if r.candidate != "teacher"}
-    assert all(macs[key] < 1.3 * own[key[0]] for key in measured)
+    assert all(macs[key] < 1.6 * own[key[0]] for key in measured)
     assert measured | {(r, c) for r, c, _, _ in table.skipped} == set(macs)
 
 

@@ -7,7 +7,8 @@ them). Then random selections, half of them in FP32, half of mixed precision, ar
 beside the teacher. Which regions change and into what is drawn among the candidates that are not slower than the
 teacher's own region: those that a compilation considers. `before`: the table as measured. `after`: the table corrected
 by `--probes` further random selections, as a compilation corrects it by the students that it times; these are not
-among the selections judged. Prints a row a model and kind; exit code 1 if a median error is above 5 %, or any above 15.
+among the selections judged. Prints a row a model and kind; exit code 1 if after correction a median error is above
+5 %, or any error above 15.
 """
 
 from __future__ import annotations

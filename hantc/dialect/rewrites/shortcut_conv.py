@@ -19,6 +19,7 @@ from hantc.dialect.rewrites.base import Lazy, Log, Outcome, calls, sole_user, so
 from hantc.dialect.shape import Pad, Slice
 
 _CHANNELS, _RANK = 1, 4
+_TO_THE_END = 2**31 - 1  # as exporters write it, or more
 
 
 class ShortcutConv:
@@ -29,6 +30,8 @@ class ShortcutConv:
     def apply(self, gm: fx.GraphModule) -> Outcome:
         """Rewrite every such shortcut of a residual sum."""
         log, lazy = Log(self.name), Lazy(gm)
+        # what is free beside the batch has an invented size in `lazy`
+        fixed = all(isinstance(d, int) for spec in gm.meta["info"].inputs for d in spec.shape[1:])
         for node, pad in calls(gm, Pad):
             before, known = _channel_pads(pad), lazy(source(node))
             if before is None or not any(_adds(gm, u) for u in node.users):
@@ -36,7 +39,7 @@ class ShortcutConv:
             if known is None or len(known.shape) != _RANK or not known.dtype.is_floating_point:
                 log.miss("the size or type of its input is unknown", node)
                 continue
-            cuts, stride = _cuts(gm, lazy, node)
+            cuts, stride = _cuts(gm, lazy, node, fixed=fixed)
             first = source(cuts[-1]) if cuts else source(node)
             channels, total = known.shape[1], known.shape[1] + sum(before)
             conv = Conv(channels, total, 1, stride, bias=False, pads=[0] * 4).to(known.dtype)
@@ -51,13 +54,13 @@ class ShortcutConv:
         return log.finish(gm)
 
 
-def _cuts(gm: fx.GraphModule, lazy: Lazy, node: fx.Node) -> tuple[list[fx.Node], tuple[int, int]]:
+def _cuts(gm: fx.GraphModule, lazy: Lazy, node: fx.Node, *, fixed: bool) -> tuple[list[fx.Node], tuple[int, int]]:
     """The Slices straight before `node` that only skip pixels, last one first, and their steps together."""
     found: list[fx.Node] = []
     stride = [1, 1]
     at = source(node)
     while isinstance(leaf := leaf_of(gm, at), Slice) and sole_user(at) is not None:
-        steps = _steps(leaf, lazy.shape(source(at)))
+        steps = _steps(leaf, lazy.shape(source(at)), fixed=fixed)
         if steps is None:
             break
         found.append(at)
@@ -66,11 +69,16 @@ def _cuts(gm: fx.GraphModule, lazy: Lazy, node: fx.Node) -> tuple[list[fx.Node],
     return found, (stride[0], stride[1])
 
 
-def _steps(leaf: Slice, shape: tuple[int, ...] | None) -> tuple[int, int] | None:
-    """Of both spatial axes, if the Slice takes every n-th pixel from the first one to the end and all else whole."""
+def _steps(leaf: Slice, shape: tuple[int, ...] | None, *, fixed: bool) -> tuple[int, int] | None:
+    """Of both spatial axes, if the Slice takes every n-th pixel from the first one to the end and all else whole.
+    `fixed`: whether all dims but the batch are."""
     steps = [1, 1, 1, 1]
     for start, end, axis, step in zip(leaf.starts, leaf.ends, leaf.axes, leaf.steps, strict=True):
-        if shape is None or start not in (0, -shape[axis]) or end < shape[axis]:
+        if shape is None or step < 1:
+            return None
+        known = fixed and axis % _RANK != 0
+        begins = start == 0 or (known and start == -shape[axis])
+        if not begins or not (end >= _TO_THE_END or (known and end >= shape[axis])):
             return None
         steps[axis] = step
     return (steps[2], steps[3]) if steps[:2] == [1, 1] else None

@@ -87,3 +87,23 @@ def test_a_cut_value_with_other_readers_stays(rewriting: Rewriting) -> None:
     nodes = [*block(cut("s", "x"), node, last="p"), helper.make_node("Relu", ["s"], ["z"])]
     r = rewriting.run(ShortcutConv(), nodes, constants, x=IMAGE, outputs=("y", "z"))
     assert sorted(r.after) == ["Add", "Conv", "Conv", "Relu", "Slice"]
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 2), (-2, BIG)])
+def test_a_slice_of_the_batch_stays(rewriting: Rewriting, start: int, end: int) -> None:
+    """The batch is free: how large it is here says nothing of how large it will be."""
+    node, constants = pad("s", [0, 4, 0, 0, 0, 0, 0, 0])
+    constants |= bounds("s", [start, 0, 0], [end, BIG, BIG], [0, 2, 3], [1, 2, 2])
+    constants["one"] = np.ones((1, 8, 5, 4), np.float32)
+    nodes = [cut("s", "x"), node, helper.make_node("Add", ["p", "one"], ["y"])]
+    r = rewriting.run(ShortcutConv(), nodes, constants, x=IMAGE)
+    assert "Slice" in r.after
+
+
+def test_backward_slices_stay(rewriting: Rewriting) -> None:
+    node, constants = pad("s", [0, 4, 0, 0, 0, 0, 0, 0])
+    constants |= bounds("s", [-1], [-BIG], [2], [-1])
+    constants["one"] = np.ones((1, 8, 9, 8), np.float32)
+    nodes = [cut("s", "x"), node, helper.make_node("Add", ["p", "one"], ["y"])]
+    r = rewriting.run(ShortcutConv(), nodes, constants, x=IMAGE)
+    assert "Slice" in r.after
