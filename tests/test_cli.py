@@ -211,7 +211,7 @@ def test_a_bar_that_fails_says_nothing_is_done(capsys: pytest.CaptureFixture[str
         (("explain", "RUN", "r01"), "residual"),
         (("diff", "RUN", "RUN"), "0 of "),
         (("regions", "MODEL"), "r01_r02"),
-        (("regions", "MODEL", "--why"), "near misses"),
+        (("regions", "MODEL", "--why"), "misses"),
         (("pool",), "cb_stack"),
         (("pool", "--family", "efn", "--in", "16x8x8"), "efn_e1_k1_se0"),
         (("targets",), "roofline"),

@@ -125,7 +125,16 @@ def test_feature_vectors_have_no_candidates(lab: Lab) -> None:
     flat = replace(lab.matched.match.region("r01"), in_shape=(16,), out_shape=(16,))
     state = Propose().call(with_regions(lab.matched, flat), lab.context(data=lab.labelled))
     assert state.proposals == ()
-    assert all("feature vector" in reason for _, _, reason in state.skipped)
+    for _, candidate, reason in state.skipped:
+        assert ("(T, C)" if candidate.startswith("mixer") else "feature vector") in reason
+
+
+def test_token_sequences_have_mixers_and_the_identity(lab: Lab) -> None:
+    assert lab.matched.match is not None
+    tokens = replace(lab.matched.match.region("r01"), in_shape=(17, 32), out_shape=(17, 32), final_act="")
+    state = Propose().call(with_regions(lab.matched, tokens), lab.context(data=lab.labelled))
+    from_scratch = {p.spec.family for p in state.proposals or () if p.spec.family not in DERIVED}
+    assert from_scratch == {"identity", "mixer"}
 
 
 def test_shares_are_equal_and_what_small_families_leave_goes_to_the_others() -> None:
