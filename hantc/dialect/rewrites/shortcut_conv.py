@@ -31,7 +31,8 @@ class ShortcutConv:
         """Rewrite every such shortcut of a residual sum."""
         log, lazy = Log(self.name), Lazy(gm)
         # what is free beside the batch has an invented size in `lazy`
-        fixed = all(isinstance(d, int) for spec in gm.meta["info"].inputs for d in spec.shape[1:])
+        info = gm.meta.get("info")
+        fixed = info is not None and all(isinstance(d, int) for spec in info.inputs for d in spec.shape[1:])
         for node, pad in calls(gm, Pad):
             before, known = _channel_pads(pad), lazy(source(node))
             if before is None or not any(_adds(gm, u) for u in node.users):
