@@ -25,6 +25,7 @@ from typing import Any
 from torch import fx, nn
 
 from hantc.core.errors import HantcError
+from hantc.core.plugins import load_point
 from hantc.dialect.activation import activation_name
 from hantc.dialect.graph import leaf_of
 from hantc.dialect.norm import BatchNorm
@@ -80,13 +81,7 @@ def installed() -> tuple[Pattern, ...]:
     load: leaving it out silently would change results."""
     found = []
     for point in entry_points(group=GROUP):
-        try:
-            made = point.load()
-        except Exception as e:  # a third party's code may raise anything
-            raise HantcError(
-                f"the pattern {point.name!r} ({point.value}) does not load: {e}",
-                hint="reinstall or remove its package",
-            ) from e
+        made = load_point(point, "pattern")
         if not isinstance(made, Pattern):
             raise HantcError(f"the pattern {point.name!r} ({point.value}) is no hantc.dialect.pattern.Pattern")
         found.append(made)

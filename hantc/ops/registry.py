@@ -12,6 +12,7 @@ from torch import fx
 from torch.func import functional_call
 
 from hantc.core.errors import HantcError, UsageError
+from hantc.core.plugins import load_point
 from hantc.core.types import CandidateSpec, Signature
 from hantc.dialect.graph import trace
 from hantc.ops.affine import Affine
@@ -167,13 +168,7 @@ def _check_shape(traced: fx.GraphModule, spec: CandidateSpec, signature: Signatu
 
 
 def _load(point: EntryPoint) -> Family:
-    try:
-        family = point.load()()
-    except Exception as e:  # a third party's code may raise anything
-        raise HantcError(
-            f"the candidate family {point.name!r} ({point.value}) does not load: {e}",
-            hint="reinstall or remove its package",
-        ) from e
+    family = load_point(point, "candidate family", lambda kind: kind())
     if not isinstance(family, Family):
         raise HantcError(f"the candidate family {point.name!r} ({point.value}) is no hantc.ops.registry.Family")
     return family
