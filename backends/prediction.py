@@ -48,6 +48,7 @@ _FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "
 _FUSED = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh", "BatchNormalization"}
 _ELEMENT_FLOPS = {"Sigmoid": 8, "Tanh": 8, "Exp": 8, "Erf": 10, "Gelu": 12, "Softmax": 12, "HardSwish": 4}
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_FEW = 64  # elements of a constant that shapes might follow from
 
 
 def predict(model: onnx.ModelProto, machine: Machine, batch: int, threads: int) -> Prediction:
@@ -75,11 +76,11 @@ class _Graph:
         inferred = _infer(model, batch)
         self.nodes = list(inferred.graph.node)
         self.outputs = {o.name for o in inferred.graph.output}
-        self.constants = {i.name for i in inferred.graph.initializer}
+        self.constants = {i.name for i in model.graph.initializer}
         self.size: dict[str, int] = {}  # elements
         self.shape: dict[str, tuple[int, ...]] = {}
         self.width: dict[str, int] = {}  # bytes per element
-        for init in inferred.graph.initializer:
+        for init in model.graph.initializer:
             self._note(init.name, tuple(init.dims), init.data_type)
         for v in [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]:
             dims = v.type.tensor_type.shape.dim
@@ -173,8 +174,7 @@ class _Graph:
 
 def _infer(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     shapes = {name: feed.shape for name, feed in random_feeds(model, batch).items()}
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = _weightless(model)
     for v in fixed.graph.input:
         for dim, size in zip(v.type.tensor_type.shape.dim, shapes.get(v.name, ()), strict=False):
             dim.dim_value = size
@@ -188,6 +188,24 @@ def _infer(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         return inferred if _complete(inferred) else _infer_through_shape_ops(inferred)
     except Exception as e:  # checker and inference raise various classes
         raise ModelError(f"the model is not valid ONNX: {str(e).strip().splitlines()[0]}") from e
+
+
+def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose weights are inputs: the checker and shape inference copy all that they are given, and that was
+    most of a prediction's time. What shapes may follow from (integers, a few numbers) stays."""
+    light = onnx.ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.name = model.graph.name
+    for field in ("node", "input", "output", "sparse_initializer"):
+        getattr(light.graph, field).extend(getattr(model.graph, field))
+    declared = {v.name for v in model.graph.input}
+    for weight in model.graph.initializer:
+        if math.prod(weight.dims) <= _FEW or weight.data_type == onnx.TensorProto.INT64:
+            light.graph.initializer.append(weight)
+        elif weight.name not in declared:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
+    return light
 
 
 def _complete(model: onnx.ModelProto) -> bool:

@@ -7,6 +7,7 @@ that were fine-tuned learned to live with the robust ranges, so that another way
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import get_args
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import HantcError
-from hantc.core.types import TensorSpec
+from hantc.core.types import TensorSpec, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.qdq import Calibration
@@ -53,35 +54,49 @@ def best_calibration(
 ) -> ModelProto:
     """Of the files that `make` makes with each way of calibrating, the one whose outputs are nearest to the teacher's.
 
-    Ways that fail are left out, and so are those for which there is no time; the robust one is always tried.
+    Ways that fail are left out, and so are those for which there is no time; the robust one is always tried. What was
+    chosen is kept in the store: the same student is emitted alike however busy the machine is then.
     """
     assert state.network is not None
     info, start = state.network.meta["info"], time.monotonic()
+    ways: Sequence[Calibration] = get_args(Calibration)
+    files: dict[Calibration, ModelProto] = {ways[0]: make(ways[0])}
+    key = _key(state, ctx, data, files[ways[0]])
+    stored = ctx.store.get_json("calibration", key)
+    if stored in ways[1:]:
+        return make(stored)
+    if stored == ways[0]:
+        return files[ways[0]]
     kind = output_kind(state.network, example_inputs(info, 2)[0], data.num_classes)
     judge = Judge(state.network, data.search, kind, limit=ctx.effort.score_images, blend=True)
-    ways: Sequence[Calibration] = get_args(Calibration)
-    files: dict[Calibration, ModelProto] = {}
     found: dict[Calibration, float] = {}
     with ctx.reporter.bar("choosing INT8 ranges", len(ways)) as bar:
         for way in ways:
-            if files and time.monotonic() - start > _SHARE * ctx.clock.limit_s:
+            if found and time.monotonic() - start > _SHARE * ctx.clock.limit_s:
                 break
             try:
-                model = make(way)
-                found[way] = judge(FileModule(ctx, model, info.inputs[0]))["kl"]
+                files[way] = files[way] if way in files else make(way)
+                found[way] = judge(FileModule(ctx, files[way], info.inputs[0]))["kl"]
             except HantcError as error:
                 if way == ways[0]:
                     raise
                 ctx.reporter.event("calibration_failed", way=way, reason=error.message)
                 continue
-            files[way] = model
             bar.advance()
     best = choose(found)
+    ctx.store.put_json("calibration", key, best)
     ctx.reporter.event("calibration", chosen=best, divergence=found)
     if best != ways[0]:
         share = 100 * (1 - found[best] / found[ways[0]])
         ctx.note(f"INT8 ranges were chosen by {best}: {share:.0f} % nearer to the teacher on search images")
     return files[best]
+
+
+def _key(state: State, ctx: Context, data: Dataset, robust: ModelProto) -> str:
+    """Of the choice for a student, told by its file with robust ranges."""
+    file = hashlib.sha256(robust.SerializeToString(deterministic=True)).hexdigest()
+    by = {"backend": ctx.backend.name, "device": ctx.device_key, "images": ctx.effort.score_images}
+    return digest({**by, "file": file, "teacher": state.model_hash, "data": data.training_stamp})
 
 
 def choose(divergence: dict[Calibration, float]) -> Calibration:

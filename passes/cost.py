@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -20,11 +20,11 @@ from hantc.dialect.graph import cut
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
 from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.derived import structure
-from hantc.ops.registry import Origin, build
+from hantc.ops.registry import DERIVED, Origin, build
 from hantc.passes.ceilings import Ceilings, ceilings_of
 from hantc.passes.glue import balance, measure_glue
 from hantc.passes.meter import Meter, Work
-from hantc.passes.plug import origin_for
+from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
 _SLACK = 0.8  # the peak may have been measured in a slower minute than the one that rows are scaled to
@@ -59,9 +59,9 @@ class Cost:
                 if ceilings is not None and mine:
                     mine, hopeless = _hopeful(mine, meter.rows(work), ceilings, ctx)
                     skipped += hopeless
-                for p in mine:
-                    origin = origin_for(p.spec, state.network, state.match, region)
-                    work += self._candidate(ctx, meter, region, p, origin, seen)
+                if mine:
+                    source = _Source.of(state, region)
+                    work += [w for p in mine for w in self._candidate(ctx, meter, source, p, seen)]
                 half = share / 2  # building them takes about as long as timing them
                 bar.advance(half)
                 rows += meter.rows(work, partial(_advance, bar, half))
@@ -119,36 +119,32 @@ class Cost:
         name = digest(model.SerializeToString().hex())
         work = []
         for precision in ctx.precisions:
+            key = meter.key(teacher=name, precision=precision)
+            rounded = precision == "int8" and not meter.known(key)
             try:
-                timed = quantize_for_timing(model, _quant(ctx)) if precision == "int8" else model
+                timed = quantize_for_timing(model, _quant(ctx)) if rounded else model
             except HantcError as error:
                 ctx.note(f"{region.name} stays in FP32: {error.message}")
                 continue
             row = self._row(ctx, region.name, "teacher", precision, region.macs, region.params)
             chain = region.in_shape == region.out_shape
-            key = meter.key(teacher=name, precision=precision)
             work.append(Work(key, row, timed, chain, region.in_shape, region.out_shape))
         return work
 
     def _candidate(
-        self,
-        ctx: Context,
-        meter: Meter,
-        region: Region,
-        proposal: Proposal,
-        origin: Origin | None,
-        seen: dict[str, tuple[str, ...]],
+        self, ctx: Context, meter: Meter, source: _Source, proposal: Proposal, seen: dict[str, tuple[str, ...]]
     ) -> list[Work]:
         """The candidate in every precision that it can run in. `seen`: those precisions, of all measured so far."""
+        region, origin = source.region, source.origin if proposal.spec.family in DERIVED else None
         spec, size = proposal.spec, (proposal.macs, proposal.params)
         what: dict[str, object] = {"signature": asdict(Signature.of(region)), "spec": asdict(spec)}
         if origin is not None:
-            what["origin"] = [structure(origin.whole), *map(structure, origin.blocks)]
+            what["origin"] = source.structures
         key = {p: meter.key(**what, precision=p) for p in ctx.precisions}
         same = digest(what)
         if same in seen:
             models = dict.fromkeys(seen[same], ModelProto())  # the meter has their figures by now
-        elif all(ctx.store.get_json("cost", k) is not None for k in key.values()):
+        elif all(meter.known(k) for k in key.values()):
             models = dict.fromkeys(ctx.precisions, ModelProto())  # and so has the store
         else:
             models = self._models(ctx, spec, Signature.of(region), origin)
@@ -177,6 +173,21 @@ class Cost:
         except HantcError as error:
             ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
             return {ctx.base: plain}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A region and what candidates are derived from there."""
+
+    region: Region
+    origin: Origin
+    structures: list[str]
+
+    @staticmethod
+    def of(state: State, region: Region) -> _Source:
+        assert state.network is not None and state.match is not None
+        origin = origin_of(state.network, state.match, region)
+        return _Source(region, origin, [structure(origin.whole), *map(structure, origin.blocks)])
 
 
 def _hopeful(

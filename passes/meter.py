@@ -128,15 +128,20 @@ class Meter:
         self.ctx.store.put_json("network", key, {**asdict(timing), "pace": self.pace[-1]})
         return timing, self.pace[-1]
 
+    def known(self, key: str) -> bool:
+        """Whether the figures of `key` are at hand."""
+        if key not in self._found:
+            stored = self.ctx.store.get_json("cost", key)
+            if stored is not None:
+                self._found[key] = stored
+        return key in self._found
+
     def rows(self, work: Sequence[Work], progress: Callable[[float], None] = lambda share: None) -> list[CostRow]:
         """Figures for all of `work`: from the store, or timed in groups that share a frame. `progress` is told each
         share that is done."""
         found, todo = self._found, dict[str, Work]()
         for w in work:
-            stored = found.get(w.key) or self.ctx.store.get_json("cost", w.key)
-            if stored is not None:
-                found[w.key] = stored
-            else:
+            if not self.known(w.key):
                 todo.setdefault(w.key, w)
         groups: dict[tuple[object, ...], list[Work]] = {}
         for w in todo.values():

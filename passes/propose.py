@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 from hantc.core.types import CandidateSpec, Region, Signature
+from hantc.ops.derived import structure
 from hantc.ops.registry import DERIVED, Origin, families
 from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
 _MAX_MACS = 1.5  # a candidate with more multiplications than this, relative to the teacher's, is hardly ever faster
 _MAX_WHOLE = 24.0  # ... and with more than this cannot be; in between the cost pass asks the machine's ceilings
+
+_Found = tuple[list[Proposal], list[tuple[str, str]]]  # of one region; of the others each spec's name and the reason
 
 
 def spread(proposals: Sequence[Proposal], n: int) -> list[Proposal]:
@@ -43,22 +46,28 @@ class Propose:
         assert state.match is not None and state.network is not None
         proposals: list[Proposal] = []
         skipped: list[tuple[str, str, str]] = []
+        alike: dict[Hashable, _Found] = {}  # networks repeat their blocks
         for region in state.match.regions:
-            made, dropped = self._region(region, ctx)
             origin = origin_of(state.network, state.match, region)
-            derived, refused = self._derived(region, origin, exact_only=ctx.data is None)
-            proposals += made + derived
-            skipped += dropped + refused
+            shapes = (Signature.of(region), region.macs, len(region.atoms))
+            forms = (structure(origin.whole), *map(structure, origin.blocks))
+            if shapes not in alike:
+                alike[shapes] = self._region(region, ctx)
+            if (shapes, forms) not in alike:
+                alike[shapes, forms] = self._derived(region, origin, exact_only=ctx.data is None)
+            for made, dropped in (alike[shapes], alike[shapes, forms]):
+                proposals += [replace(p, region=region.name) for p in made]
+                skipped += [(region.name, spec, reason) for spec, reason in dropped]
         ctx.reporter.event("propose", proposals=len(proposals), skipped=len(skipped))
         return replace(state, proposals=tuple(proposals), skipped=tuple(skipped))
 
-    def _region(self, region: Region, ctx: Context) -> tuple[list[Proposal], list[tuple[str, str, str]]]:
+    def _region(self, region: Region, ctx: Context) -> _Found:
         if ctx.data is None:
             # without data only zero-error forms are allowed: the normalized region itself, and rewrites of it
-            return [], [(region.name, "*", "needs --data: candidates must be distilled")]
+            return [], [("*", "needs --data: candidates must be distilled")]
         signature, whole = Signature.of(region), ctx.config.pool == "whole" and len(region.atoms) == 1
         by_family: dict[str, list[Proposal]] = {}
-        skipped: list[tuple[str, str, str]] = []
+        skipped: list[tuple[str, str]] = []
         for name, family in families().items():
             for spec, reason in family.survey(signature):
                 if name == "identity" and len(region.atoms) > 1:
@@ -66,7 +75,7 @@ class Propose:
                 macs, params = family.estimate(spec, signature) if not reason else (0, 0)
                 reason = reason or _too_large(macs, region, _MAX_WHOLE if whole else _MAX_MACS)
                 if reason:
-                    skipped.append((region.name, spec.name, reason))
+                    skipped.append((spec.name, reason))
                 else:
                     by_family.setdefault(name, []).append(Proposal(region.name, spec, macs, params))
         share = self._shares(by_family, sum(map(len, by_family.values())) if whole else ctx.effort.measured_per_region)
@@ -75,15 +84,11 @@ class Propose:
         reason = f"not in the sample measured at --effort {ctx.config.effort}"
         if len(region.atoms) == 1:
             reason += "; --pool whole measures all of a single region's"
-        skipped += [
-            (region.name, p.spec.name, reason) for ps in by_family.values() for p in ps if p.spec.name not in names
-        ]
+        skipped += [(p.spec.name, reason) for ps in by_family.values() for p in ps if p.spec.name not in names]
         return kept, skipped
 
     @staticmethod
-    def _derived(
-        region: Region, origin: Origin, *, exact_only: bool
-    ) -> tuple[list[Proposal], list[tuple[str, str, str]]]:
+    def _derived(region: Region, origin: Origin, *, exact_only: bool) -> _Found:
         """Candidates made from the teacher's own weights: few, so all of them are measured."""
         signature = Signature.of(region)
         made, skipped = [], []
@@ -96,7 +101,7 @@ class Propose:
                 if not reason and not family.exact:  # other kernels do as many multiplications in less time
                     reason = _too_large(macs, region, _MAX_MACS)
                 if reason:
-                    skipped.append((region.name, spec.name, reason))
+                    skipped.append((spec.name, reason))
                 else:
                     made.append(Proposal(region.name, spec, macs, params))
         return made, skipped

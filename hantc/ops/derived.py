@@ -90,13 +90,16 @@ class DerivedFamily(Family):
 
 
 def canonical(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose nodes and modules are named by position, so that weights of one derivation fit every other
-    of the same structure, whichever block of the teacher it came from."""
+    """The same modules in a graph whose nodes and modules are named by position, so that weights of one derivation
+    fit every other of the same structure, whichever block of the teacher it came from."""
     graph, modules = fx.Graph(), dict[str, Any]()
     env: dict[fx.Node, fx.Node] = {}
+    taken: set[str] = set()
     for node in module.graph.nodes:
         if node.op == "call_module":
-            leaf = copy.deepcopy(module.get_submodule(str(node.target)))
+            leaf = module.get_submodule(str(node.target))
+            leaf = copy.deepcopy(leaf) if str(node.target) in taken else leaf  # two calls of one module become two
+            taken.add(str(node.target))
             name = f"{type(leaf).__name__.lower()}_{len(modules)}"
             modules[name] = leaf
             env[node] = graph.create_node("call_module", name, fx.node.map_arg(node.args, env.__getitem__), name=name)
@@ -131,7 +134,11 @@ def structure(module: fx.GraphModule) -> str:
 
 def editable(module: fx.GraphModule) -> fx.GraphModule:
     """A deep copy without the whole network's other modules."""
-    made = copy.deepcopy(fx.GraphModule(module, copy.deepcopy(module.graph)))
+    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for kind, target in dict.fromkeys((n.op, str(n.target)) for n in made.graph.nodes):
+        owner, _, name = target.rpartition(".")
+        if kind in ("call_module", "get_attr"):
+            setattr(made.get_submodule(owner), name, copy.deepcopy(getattr(made.get_submodule(owner), name)))
     made.meta.update(module.meta)
     return made
 

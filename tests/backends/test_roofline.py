@@ -80,6 +80,29 @@ def test_int8_is_faster_and_moves_less() -> None:
     assert int8.latency_ms < fp32.latency_ms
 
 
+def test_weights_are_not_looked_at_but_shapes_are_followed() -> None:
+    model = conv()
+    rows = np.arange(800, dtype=np.int64).reshape(800, 1)[:, 0]  # longer than what counts as a few numbers
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(rows, "rows"), numpy_helper.from_array(np.array([0, 800]), "flat")]
+    )
+    model.graph.node.extend(
+        [helper.make_node("Reshape", ["y", "flat"], ["f"]), helper.make_node("Gather", ["f", "rows"], ["z"], axis=1)]
+    )
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 800]))
+    before = model.SerializeToString()
+    plain = predict(model, FLAT, batch=1, threads=1)
+    assert plain.flops >= 2 * 8 * 100 * 4 * 9
+    assert model.SerializeToString() == before
+    old = onnx.ModelProto()  # IR 3: weights stand among the inputs too
+    old.CopyFrom(model)
+    old.ir_version = 3
+    for name, kind, dims in (("w", TensorProto.FLOAT, [8, 4, 3, 3]), ("rows", TensorProto.INT64, [800])):
+        old.graph.input.append(helper.make_tensor_value_info(name, kind, dims))
+    old.graph.input.append(helper.make_tensor_value_info("flat", TensorProto.INT64, [2]))
+    assert predict(old, FLAT, batch=1, threads=1) == plain
+
+
 def test_unknown_shape_is_a_model_error() -> None:
     model = conv()
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"

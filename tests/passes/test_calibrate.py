@@ -123,6 +123,18 @@ def test_a_run_without_time_takes_the_first(lab: Lab) -> None:
 
     best_calibration(state, ctx, ctx.data, make)
     assert tried == ["robust"]
+    ctx.clock.limit_s = 1e6  # the same student again, with time: it is emitted as it was
+    best_calibration(state, ctx, ctx.data, make)
+    assert tried == ["robust", "robust"]
+
+
+def test_a_choice_is_made_once(lab: Lab) -> None:
+    ctx, state = lab.fresh(backend=lab.ort), lab.rewritten()
+    first, again = Emit().call(state, ctx).emitted, Emit().call(state, ctx).emitted
+    assert first is not None and again is not None
+    assert first.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
+    reporter: Recorder = ctx.reporter  # type: ignore[assignment]
+    assert len([e for e in reporter.events if e[0] == "calibration"]) == 1
 
 
 def test_values_are_what_the_engine_gives(lab: Lab) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch import fx
 
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Capabilities
+from hantc.core.types import CandidateSpec
+from hantc.ops.registry import build
+from hantc.passes import cost
 from hantc.passes.ceilings import ceilings_of
 from hantc.passes.cost import Cost
 from hantc.passes.propose import Propose
@@ -35,9 +39,18 @@ def test_real_figures_are_measured_once(lab: Lab, monkeypatch: pytest.MonkeyPatc
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
+    built: list[str] = []
+
+    def watch(spec: CandidateSpec, *args: Any, **kwargs: Any) -> fx.GraphModule:
+        built.append(spec.family)
+        return build(spec, *args, **kwargs)
+
     again = lab.fresh(backend=lab.ort, store=ctx.store)
     monkeypatch.setattr(type(lab.ort), "measure", never)
+    monkeypatch.setattr(cost, "quantize_for_timing", never)
+    monkeypatch.setattr(cost, "build", watch)
     assert Cost().call(state, again).costs == first
+    assert set(built) == {"identity"}, "which has no figure in INT8"
 
 
 def test_counted_figures_follow_the_products(lab: Lab) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -74,6 +74,26 @@ def test_derived_candidates_are_proposed_where_they_fit(lab: Lab) -> None:
     assert {r for r, f in found if f == "merged"} == {r.name for r in state.match.regions if len(r.atoms) > 1}
     for (region, _), p in found.items():
         assert 0 < p.macs < state.match.region(region).macs
+
+
+def test_blocks_that_are_alike_are_looked_at_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lab.matched.match is not None
+    first = lab.matched.match.region("r01")
+    twin = replace(first, name="r77")
+    looked: list[str] = []
+    derived = Propose._derived
+
+    def watch(region: Region, *args: Any, **kwargs: Any) -> Any:
+        looked.append(region.name)
+        return derived(region, *args, **kwargs)
+
+    monkeypatch.setattr(Propose, "_derived", staticmethod(watch))
+    state = Propose().call(with_regions(lab.matched, first, twin), lab.context(data=lab.labelled))
+    assert looked == ["r01"]
+    by_region = {r: [(p.spec, p.macs, p.params) for p in state.proposals or () if p.region == r] for r in ("r01", "r77")}
+    assert by_region["r01"] == by_region["r77"] != []
+    reasons = {r: [(c, why) for n, c, why in state.skipped if n == r] for r in ("r01", "r77")}
+    assert reasons["r01"] == reasons["r77"] != []
 
 
 def test_the_effort_limits_what_is_measured_and_all_families_get_a_share(lab: Lab) -> None:
