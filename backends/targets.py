@@ -39,8 +39,8 @@ class Target(BaseModel):
     @field_validator("precisions")
     @classmethod
     def _with_one_float(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if sum(p in ("fp32", "fp16") for p in value) != 1:
-            raise ValueError("one of fp32 and fp16 must be among them: what is not quantised runs in it")
+        if sum(p in ("fp32", "fp16", "bf16") for p in value) != 1:
+            raise ValueError("one of fp32, fp16 and bf16 must be among them: what is not quantised runs in it")
         return value
 
     def on(self, backend: str) -> Target:

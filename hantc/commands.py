@@ -61,7 +61,10 @@ def machine_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--backend", metavar="B", help="inference engine; default the target's (hantc doctor lists them)")
     g.add_argument(
-        "--precision", choices=("auto", "fp32", "int8", "fp16"), default="auto", help="precisions to choose from"
+        "--precision",
+        choices=("auto", "fp32", "int8", "fp16", "bf16"),
+        default="auto",
+        help="precisions to choose from",
     )
     g.add_argument("--batch", type=int, metavar="N", help="images at a time; default the target's, mostly 1")
     g.add_argument("--threads", type=int, metavar="N", help="default: physical cores")

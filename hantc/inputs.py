@@ -142,6 +142,10 @@ def prepare(
         ctx.note(
             "no --data: only exact rewrites were admitted; with images (labels optional) regions are replaced and "
             "quantised"
+            + (
+                "; the student computes in BF16, which rounds what the teacher computes in FP32"
+                * ("bf16" in precisions)
+            )
         )
     elif config.precision == "int8":
         ctx.note("--precision int8 admits INT8 everywhere; regions that are better or faster in FP32 stay in FP32")

@@ -354,7 +354,7 @@ def compare(summary: Summary, facts: Mapping[str, Any], *, same_data: bool) -> d
     for name, a, b in pairs if same_data else ():
         if a is not None and b is not None and abs(a - b) > ACCURACY_TOLERANCE:
             differences.append(f"{name} {a:.2f} %, recorded {b:.2f} % (tolerance {ACCURACY_TOLERANCE} points)")
-    half = "fp16" in summary.target_definition.get("precisions", ())
+    half = {"fp16", "bf16"} & set(summary.target_definition.get("precisions", ()))
     if summary.data is None and facts["max_relative_difference"] > (_EXACT_FP16 if half else _EXACT):
         differences.append(
             f"outputs differ by {facts['max_relative_difference']:.1e} relative, though no data was given"

@@ -15,6 +15,7 @@ from hantc.data.dataset import Dataset
 from hantc.dialect.anchors import anchored
 from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
+from hantc.dialect.floats import in_bf16
 from hantc.dialect.half import overflowing, to_fp16
 from hantc.dialect.qdq import MIN_OPSET, Calibration, QuantSpec, quantize
 from hantc.passes.plug import origin_for, replace_regions, teacher_part, trained
@@ -95,7 +96,9 @@ def calibration_feeds(student: fx.GraphModule, data: Dataset, images: int, batch
 
 def deployable(model: ModelProto, ctx: Context, feeds: Sequence[Feeds]) -> ModelProto:
     """The file as the target runs it: in FP16 where that is its precision, but for what overflows (on `feeds`; weights
-    in any case)."""
+    in any case); marked, where it is BF16."""
+    if ctx.base == "bf16":
+        return in_bf16(model)
     if ctx.base != "fp16":
         return model
     wide = overflowing(model, feeds)

@@ -28,6 +28,7 @@ from hantc.passes.state import Context, State
 
 _CLEARLY = 0.97  # of the robust ranges' divergence
 _SHARE = 0.03  # of the run's time limit
+_WAYS: Sequence[Calibration] = get_args(Calibration)
 
 
 class FileModule(nn.Module):
@@ -55,41 +56,49 @@ def best_calibration(
     """Of the files that `make` makes with each way of calibrating, the one whose outputs are nearest to the teacher's.
 
     Ways that fail are left out, and so are those for which there is no time; the robust one is always tried. What was
-    chosen is kept in the store: the same student is emitted alike however busy the machine is then.
+    found is kept in the store: the same student is emitted alike however busy the machine is then.
     """
+    files: dict[Calibration, ModelProto] = {_WAYS[0]: make(_WAYS[0])}
+    key = _key(state, ctx, data, files[_WAYS[0]])
+    found: dict[Calibration, float] | None = ctx.store.get_json("calibration", key)
+    if found is None:
+        found = _divergences(state, ctx, data, make, files)
+        ctx.store.put_json("calibration", key, found)
+    best = choose(found)
+    if best != _WAYS[0]:
+        share = 100 * (1 - found[best] / found[_WAYS[0]])
+        ctx.note(f"INT8 ranges were chosen by {best}: {share:.0f} % nearer to the teacher on search images")
+    return files[best] if best in files else make(best)
+
+
+def _divergences(
+    state: State,
+    ctx: Context,
+    data: Dataset,
+    make: Callable[[Calibration], ModelProto],
+    files: dict[Calibration, ModelProto],
+) -> dict[Calibration, float]:
+    """How far each way's file is from the teacher, of those for which there is time; new ones are put into `files`."""
     assert state.network is not None
     info, start = state.network.meta["info"], time.monotonic()
-    ways: Sequence[Calibration] = get_args(Calibration)
-    files: dict[Calibration, ModelProto] = {ways[0]: make(ways[0])}
-    key = _key(state, ctx, data, files[ways[0]])
-    stored = ctx.store.get_json("calibration", key)
-    if stored in ways[1:]:
-        return make(stored)
-    if stored == ways[0]:
-        return files[ways[0]]
     kind = output_kind(state.network, example_inputs(info, 2)[0], data.num_classes)
     judge = Judge(state.network, data.search, kind, limit=ctx.effort.score_images, blend=True)
     found: dict[Calibration, float] = {}
-    with ctx.reporter.bar("choosing INT8 ranges", len(ways)) as bar:
-        for way in ways:
+    with ctx.reporter.bar("choosing INT8 ranges", len(_WAYS)) as bar:
+        for way in _WAYS:
             if found and time.monotonic() - start > _SHARE * ctx.clock.limit_s:
                 break
             try:
                 files[way] = files[way] if way in files else make(way)
                 found[way] = judge(FileModule(ctx, files[way], info.inputs[0]))["kl"]
             except HantcError as error:
-                if way == ways[0]:
+                if way == _WAYS[0]:
                     raise
                 ctx.reporter.event("calibration_failed", way=way, reason=error.message)
                 continue
             bar.advance()
-    best = choose(found)
-    ctx.store.put_json("calibration", key, best)
-    ctx.reporter.event("calibration", chosen=best, divergence=found)
-    if best != ways[0]:
-        share = 100 * (1 - found[best] / found[ways[0]])
-        ctx.note(f"INT8 ranges were chosen by {best}: {share:.0f} % nearer to the teacher on search images")
-    return files[best]
+    ctx.reporter.event("calibration", chosen=choose(found), divergence=found)
+    return found
 
 
 def _key(state: State, ctx: Context, data: Dataset, robust: ModelProto) -> str:

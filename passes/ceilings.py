@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from hantc.core.backend_api import Backend, BuildSpec, Capabilities
 from hantc.core.errors import HantcError
 from hantc.core.types import Protocol, Shape, digest
+from hantc.dialect.floats import in_bf16
 from hantc.dialect.half import to_fp16
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
 from hantc.passes.state import Context
@@ -97,6 +98,8 @@ def _peak(backend: Backend, capabilities: Capabilities, precision: str, threads:
             model = quantize_for_timing(model, QuantSpec(reduce_range=capabilities.reduce_range))
         elif precision == "fp16":
             model = to_fp16(model)
+        elif precision == "bf16":
+            model = in_bf16(model)
         flops = 2 * copies * (channels * kernel * size) ** 2
         best = max(best, flops / (1e-3 * _times(backend, [model], threads)[0]))
     return best

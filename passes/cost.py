@@ -44,8 +44,10 @@ class Cost:
             return self._read(state, ctx, ctx.config.lut)
         meter = Meter(ctx)
         regions = {r.name: r for r in state.match.regions}
-        timing, pace = meter.network(emit(state.network).model)
+        model = emit(state.network).model
+        timing, pace = meter.network(model)
         teacher_ms = timing.median_ms
+        fp32_ms = meter.network_fp32(model) if ctx.base == "bf16" else None
         rows: list[CostRow] = []
         skipped: list[tuple[str, str, str, str]] = []
         # a sample has no candidates of many more multiplications than the teacher
@@ -73,7 +75,7 @@ class Cost:
         paces = [round(p, 3) for p in meter.pace]
         facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "scale": scale, "pace": paces}
         ctx.reporter.event("cost", rows=len(rows), **facts)
-        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale, tuple(skipped), pace=pace)
+        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale, tuple(skipped), pace=pace, fp32_ms=fp32_ms)
         return replace(state, costs=table)
 
     @staticmethod

@@ -50,7 +50,12 @@ class Distill:
         budget = min(1.0, wanted_ms(state.costs, ctx) / state.costs.teacher_ms)
         whole = ctx.config.pool == "whole"
         bounds = allowances(state, ctx)
-        kept, skipped = shortlist(state.proposals or (), state.costs, regions, places, budget, bounds, whole=whole)
+        proposals = state.proposals or ()
+        if budget == 1.0 and not bounds and ctx.config.max_drop is None:
+            took, wall = state.costs.pace * state.costs.teacher_ms, state.costs.pace * wanted_ms(state.costs, ctx)
+            ctx.note(f"the teacher as it is takes {took:.2f} ms of the {wall:.2f} asked for: no candidate was trained")
+            proposals = ()
+        kept, skipped = shortlist(proposals, state.costs, regions, places, budget, bounds, whole=whole)
         keyed = [(p, weights_key(state, ctx, p)) for p in kept]
         weights, todo, outdone = self._stored(state, ctx, keyed)
         skipped += outdone
@@ -200,7 +205,7 @@ def wanted_ms(costs: CostTable, ctx: Context) -> float:
     if ctx.config.budget is not None and ctx.config.budget.ms is not None:
         return ctx.config.budget.ms / costs.pace
     if ctx.config.budget is not None:
-        return ctx.config.budget.in_ms(costs.teacher_ms)
+        return ctx.config.budget.in_ms(costs.reference_ms)
     return costs.teacher_ms if ctx.config.limited else DEFAULT_BUDGET * costs.teacher_ms
 
 

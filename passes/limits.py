@@ -20,7 +20,7 @@ from hantc.passes.state import Context, State
 from hantc.search.ilp import cheapest
 from hantc.search.problem import Item, Problem, fits
 
-_FLOAT_BYTES = {"fp32": 4, "fp16": 2}
+_FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 Uses = Mapping[tuple[str, str], float]  # by (region, candidate)
 

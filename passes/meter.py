@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto, helper
 from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import HantcError
 from hantc.core.types import CostRow, Protocol, Shape, Timing, digest
+from hantc.dialect.floats import in_bf16
 from hantc.dialect.half import to_fp16
 from hantc.dialect.qdq import QuantSpec
 from hantc.dialect.qdq_graph import opset_of
@@ -75,6 +76,8 @@ class Meter:
             "protocol": asdict(self.protocol),
             "method": _VERSION,
         }
+        if ctx.base == "bf16":  # the rest of a file does not tell
+            self.base["floats"] = ctx.base
         self.measured = 0
         self._found: dict[str, dict[str, object]] = {}  # figures by key, those of what could not be timed among them
         self.pace: list[float] = []  # how much slower than at first the canary ran, each time
@@ -93,8 +96,18 @@ class Meter:
         return self._measure([self._build(m) for m in models], protocol or self.protocol)
 
     def _build(self, model: ModelProto) -> Artefact:
-        model = to_fp16(model) if self.ctx.base == "fp16" else model
-        return self.ctx.backend.build(model, self.build_spec)
+        as_run = {"fp16": to_fp16, "bf16": in_bf16}.get(self.ctx.base, lambda m: m)
+        return self.ctx.backend.build(as_run(model), self.build_spec)
+
+    def network_fp32(self, model: ModelProto) -> float:
+        """Milliseconds of a whole network in FP32, whatever the rest is timed in; kept in the store."""
+        key = self.key(network=digest(model.SerializeToString().hex()), precision="fp32")
+        found = self.ctx.store.get_json("network", key)
+        if found is None:
+            protocol = replace(self.protocol, samples=25, min_sample_ms=15.0)
+            found = asdict(self._measure([self.ctx.backend.build(model, self.build_spec)], protocol)[0])
+            self.ctx.store.put_json("network", key, found)
+        return Timing(**found).median_ms
 
     def _measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
         if self._canary is None:

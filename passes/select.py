@@ -122,7 +122,7 @@ class Select:
                 "version": _VERSION,
                 "model": state.model_hash,
                 "costs": [asdict(r) for r in state.costs.rows],
-                "teacher_ms": state.costs.teacher_ms,
+                "teacher_ms": [state.costs.teacher_ms, state.costs.reference_ms],
                 "scores": [asdict(s) for s in state.scores],
                 "options": [
                     [asdict(b) if b else None for b in (config.budget, *config.caps)],
@@ -192,7 +192,7 @@ class Select:
         assert state.costs is not None
         fastest = solve(replace(problem, budget=1.001 * reachable(problem)[0]), gap=_GAP)
         found = measure_students(state, ctx, problem, [fastest])[0]
-        teacher_ms, pace = state.costs.teacher_ms, state.costs.pace
+        teacher_ms, pace = state.costs.reference_ms, state.costs.pace
         ms = max(found.measured_ms, found.plan.predicted_latency_ms)
         share = math.ceil(100 * _MARGIN * ms / _AIM / teacher_ms) / 100
         return BudgetError(

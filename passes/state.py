@@ -116,7 +116,7 @@ class Context:
 
     @property
     def base(self) -> str:
-        """The floating-point precision of all that is not quantised: fp32, on GPUs fp16."""
+        """The floating-point precision of all that is not quantised: fp32, on GPUs fp16, bf16 where asked for."""
         return next(p for p in self.precisions if p != "int8")
 
     @property

@@ -19,15 +19,17 @@ from hantc.core.types import Protocol, Timing, digest
 from hantc.data.dataset import Split
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
+from hantc.dialect.floats import in_bf16
 from hantc.dialect.graph import count_macs, shapes_of
 from hantc.dialect.importer import import_model, model_info
 from hantc.dialect.qdq import QuantSpec, quantize_whole
 from hantc.passes.assemble import calibration_feeds, deployable
 from hantc.passes.state import Context, State
 
-_VERSION = 7
+_VERSION = 8
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
 _TURNS = 3  # of timing the teacher with this engine and with another
+_BF16 = " bf16"
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
 
 
@@ -70,10 +72,12 @@ class Verify:
             return replace(state, summary=stored)
         baseline, reason = self._baseline(state, ctx)
         teacher, clock_model = self._teachers(state, ctx)
-        others = [baseline] if baseline is not None else []
+        others = {} if baseline is None else {"baseline_int8": baseline}
+        if ctx.base == "bf16" and not ctx.from_table:
+            others["baseline_bf16"] = in_bf16(state.model)
         # the table's clock is the normalized network's latency: timing it again shows the machine's drift
         assert state.emitted is not None
-        timed = [teacher, state.emitted, *others, clock_model]
+        timed = [teacher, state.emitted, *others.values(), clock_model]
         *timings, clock = self._by_table(state) if ctx.from_table else self._time(timed, ctx)
         kept_original = False
         if ctx.data is None and timings[1].median_ms > timings[0].median_ms * _NOISE:
@@ -82,7 +86,8 @@ class Verify:
             timings[1] = timings[0]
         assert state.emitted is not None
         # the teacher's outputs are those of the user's own file: what FP16 does to them is the student's doing
-        facts = self._facts(state, ctx, [state.model, state.emitted, *others], timings, clock.median_ms)
+        networks = {"teacher": state.model, "student": state.emitted, **others}
+        facts = self._facts(state, ctx, networks, timings, clock.median_ms)
         facts |= {"baseline_int8_reason": reason, "kept_original": kept_original}
         facts["timing_note"] = self._restless([*timings, clock])
         facts["teacher_by_backend"] = self._elsewhere(state.model, timings[0].median_ms, ctx)
@@ -93,10 +98,12 @@ class Verify:
 
     @staticmethod
     def _teachers(state: State, ctx: Context) -> tuple[ModelProto, ModelProto]:
-        """The teacher as the target runs it, and the normalized network. In FP16 they are one: engines fold the shape
-        arithmetic that files are full of, which a prediction of the file as it is would count."""
+        """The teacher that speed-ups are over, and the normalized network as the table has it. In FP16 they are one:
+        engines fold the shape arithmetic that files are full of, which a prediction of the file itself counts."""
         assert state.network is not None
         network = emit(state.network).model
+        if ctx.base == "bf16":
+            return state.model, in_bf16(network)
         if ctx.base != "fp16":
             return state.model, network
         feeds = calibration_feeds(state.network, ctx.data, 64, 16) if ctx.data is not None else []
@@ -116,6 +123,7 @@ class Verify:
         try:
             feeds = calibration_feeds(state.network, ctx.data, 128, 16)
             model = quantize_whole(state.model, feeds, QuantSpec(reduce_range=ctx.capabilities.reduce_range))
+            model = in_bf16(model) if ctx.base == "bf16" else model
             ok, why = ctx.backend.supports(model)
         except HantcError as error:
             return None, error.message
@@ -141,24 +149,31 @@ class Verify:
     def _by_table(state: State) -> list[Timing]:
         """Teacher, student and clock as the table has them, in milliseconds of the clock on its machine's wall."""
         assert state.plan is not None and state.costs is not None
-        teacher = Timing(state.costs.pace * state.costs.teacher_ms, 0.0, 0)
-        return [teacher, Timing(state.costs.pace * state.plan.predicted_latency_ms, 0.0, 0), teacher]
+        times = (state.costs.reference_ms, state.plan.predicted_latency_ms, state.costs.teacher_ms)
+        return [Timing(state.costs.pace * ms, 0.0, 0) for ms in times]
 
     @staticmethod
     def _elsewhere(teacher: ModelProto, ms: float, ctx: Context) -> dict[str, float]:
-        """The teacher's latency with every engine that can be timed here, on the clock of `ms`, the chosen one's."""
+        """The teacher's latency in FP32 with every engine that can be timed here, and in BF16 (`NAME bf16`) with those
+        that have it, on the clock of `ms`, the chosen one's in FP32."""
         found = {ctx.backend.name: ms}
         spec = BuildSpec(ctx.threads, ctx.config.batch)
         protocol = Protocol(ctx.threads, ctx.config.batch, warmup=5, samples=15, min_sample_ms=15.0)
-        for rival in ctx.rivals:
+        ways = [(r.name, r, teacher) for r in ctx.rivals]
+        ways += [
+            (f"{r.name}{_BF16}", r, in_bf16(teacher))
+            for r in (ctx.backend, *ctx.rivals)
+            if ctx.capabilities.measures and "bf16" in r.capabilities().precisions
+        ]
+        for name, rival, model in ways:
             try:
-                artefacts = [(b, b.build(teacher, spec)) for b in (ctx.backend, rival)]
+                artefacts = [(b, b.build(m, spec)) for b, m in ((ctx.backend, teacher), (rival, model))]
                 # in turns, since no engine times another's artefacts, and the machine's speed may change
                 turns = [[b.measure([a], protocol)[0].median_ms for b, a in artefacts] for _ in range(_TURNS)]
             except HantcError as error:
-                ctx.reporter.event("elsewhere", backend=rival.name, refused=error.message)
+                ctx.reporter.event("elsewhere", backend=name, refused=error.message)
                 continue
-            found[rival.name] = ms * median(there / here for here, there in turns)
+            found[name] = ms * median(there / here for here, there in turns)
         return found
 
     @staticmethod
@@ -176,26 +191,26 @@ class Verify:
         self,
         state: State,
         ctx: Context,
-        networks: Sequence[ModelProto],
+        networks: Mapping[str, ModelProto],
         timings: Sequence[Timing],
         clock_ms: float,
     ) -> dict[str, Any]:
         assert state.network is not None and state.plan is not None and state.costs is not None
-        outputs = self._outputs(ctx, networks)
-        rows = []
-        for i, (model, timing) in enumerate(zip(networks, timings, strict=True)):
-            rows.append(
-                {
-                    "latency_ms": timing.median_ms,
-                    "latency_iqr_ms": timing.iqr_ms,
-                    "accuracy": outputs[i].accuracy,
-                    "size_bytes": model.ByteSize(),
-                    **_size(model),
-                }
-            )
-        teacher, student = rows[0], rows[1]
-        if len(rows) > 2:
-            rows[2] |= {"params": teacher["params"], "macs": teacher["macs"]}
+        outputs = dict(zip(networks, self._outputs(ctx, list(networks.values())), strict=True))
+        rows: dict[str, dict[str, Any] | None] = {"baseline_int8": None, "baseline_bf16": None}
+        for (name, model), timing in zip(networks.items(), timings, strict=True):
+            rows[name] = {
+                "latency_ms": timing.median_ms,
+                "latency_iqr_ms": timing.iqr_ms,
+                "accuracy": outputs[name].accuracy,
+                "size_bytes": model.ByteSize(),
+                **(_size(model) if name in ("teacher", "student") else {}),
+            }
+        teacher, student = rows["teacher"], rows["student"]
+        assert teacher is not None and student is not None
+        for row in (rows["baseline_int8"], rows["baseline_bf16"]):
+            if row is not None:
+                row |= {"params": teacher["params"], "macs": teacher["macs"]}
         if state.student is not None and ctx.data is not None:
             student |= _size(emit(state.student).model)  # INT8 nodes hide weights and products from counting
         # the prediction was made on the table's clock; a machine that is slower by now is so for both
@@ -204,18 +219,16 @@ class Verify:
         if teacher["accuracy"] is not None and student["accuracy"] is not None:
             drop = teacher["accuracy"] - student["accuracy"]
         return {
-            "teacher": teacher,
-            "student": student,
-            "baseline_int8": rows[2] if len(rows) > 2 else None,
+            **rows,
             "speedup": teacher["latency_ms"] / student["latency_ms"],
             "accuracy_drop": drop,
             "predicted_latency_ms": predicted,
             "prediction_error": None
             if ctx.from_table
             else abs(predicted - student["latency_ms"]) / student["latency_ms"],
-            "agreement": _agreement(outputs[0].values, outputs[1].values),
-            "max_relative_difference": _difference(outputs[0].values, outputs[1].values),
-            "ops": {"teacher": _ops(networks[0]), "student": _ops(networks[1])},
+            "agreement": _agreement(outputs["teacher"].values, outputs["student"].values),
+            "max_relative_difference": _difference(outputs["teacher"].values, outputs["student"].values),
+            "ops": {k: _ops(networks[k]) for k in ("teacher", "student")},
         }
 
     def _outputs(self, ctx: Context, networks: Sequence[ModelProto]) -> list[_Outputs]:
@@ -248,10 +261,12 @@ def _tell(facts: Mapping[str, Any], ctx: Context) -> None:
     by_backend: Mapping[str, float] = facts["teacher_by_backend"]
     fastest = min(by_backend, key=lambda name: by_backend[name])
     here, there = by_backend[ctx.backend.name], by_backend[fastest]
-    if there * _NOISE < here:
+    if there * _NOISE < here and not (ctx.base == "bf16" and fastest.startswith(ctx.backend.name)):
+        way = "--target xeon-bf16" if fastest.endswith(_BF16) else f"--backend {fastest}"
+        name = fastest.replace(_BF16, " in BF16")
         ctx.note(
-            f"{fastest} runs the teacher in {there:.2f} ms where {ctx.backend.name} takes {here:.2f} ms: "
-            f"--backend {fastest} compiles for it"
+            f"{name} runs the teacher in {there:.2f} ms where {ctx.backend.name} takes {here:.2f} ms: "
+            f"{way} compiles for it"
         )
 
 

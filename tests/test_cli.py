@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+from hantc.backends.registry import get_backend
 from hantc.cli import COMMANDS, compile_parser, main
 from hantc.core.progress import Reporter
 from hantc.report.live import RichReporter
@@ -183,6 +184,26 @@ def test_the_file_as_the_engine_rewrites_it(
     assert np.allclose(both[0], both[1], atol=1e-5)
     assert cli(*argv).code == 0
     assert not path.exists(), "it was of the run before"
+
+
+def test_bf16_where_the_cpu_has_it(tiny: Tiny, cli: Cli, tmp_path: Path, run_model: Callable[..., Any]) -> None:
+    out, caps = tmp_path / "run", get_backend("openvino").capabilities()
+    argv = (tiny.model, "--target", "xeon-bf16", "--threads", "1", "--out", out, "--store", tmp_path / "store")
+    result = cli(*argv, "--json")
+    if "bf16" not in caps.precisions:
+        assert result.code == 2 and ("bf16" in result.err if caps.available else "openvino" in result.err)
+        assert not out.exists()
+        return
+    assert result.code == 0, result.err
+    summary = result.json()
+    assert {c["precision"] for c in summary["choices"]} == {"bf16"}
+    assert summary["baseline_bf16"]["latency_ms"] > 0 and "openvino bf16" in summary["teacher_by_backend"]
+    assert any("computes in BF16" in note for note in summary["notes"])
+    teacher, student = (run_model(p, tiny.feeds()) for p in (tiny.model, out / "model.onnx"))
+    assert np.allclose(student, teacher, atol=1e-4), "ONNX Runtime computes the same file in FP32"
+    verified = cli("verify", out, "--json").json()
+    assert not [d for d in verified["differences"] if "outputs" in d]
+    assert "Teacher in BF16" in cli("inspect", out).out
 
 
 def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.timing import measure_artefacts
 from hantc.core.types import Protocol, Timing
+from hantc.dialect.floats import Floats, floats_of
 
 try:
     import openvino as ov
@@ -32,6 +33,7 @@ class _Handle:
     data: bytes
     inputs: frozenset[str]
     threads: int
+    floats: Floats
     no_feeds: str  # why there are no timing feeds, or ""
     requests: dict[_Shapes, Any] = field(default_factory=dict)  # openvino.InferRequest
 
@@ -39,7 +41,7 @@ class _Handle:
         """The compiled form for the shapes of `feeds`: fixed shapes run faster than dynamic ones."""
         shapes = tuple((name, tuple(np.shape(a))) for name, a in sorted(feeds.items()))
         if shapes not in self.requests:
-            self.requests[shapes] = _compile(self.data, shapes, self.threads)
+            self.requests[shapes] = _compile(self.data, shapes, self.threads, self.floats)
         return self.requests[shapes]
 
 
@@ -49,8 +51,9 @@ class OpenVinoBackend:
     name = "openvino"
 
     def capabilities(self) -> Capabilities:
-        """FP32 and INT8 (QDQ) on this machine's CPU."""
-        return cpu_capabilities("OpenVINO", "openvino", None if ov is None else ov.__version__.split("-")[0])
+        """FP32 and INT8 (QDQ) on this machine's CPU, and BF16 where OpenVINO says that the CPU has it."""
+        here = cpu_capabilities("OpenVINO", "openvino", None if ov is None else ov.__version__.split("-")[0])
+        return replace(here, precisions=(*here.precisions, "bf16")) if here.available and _has_bf16() else here
 
     def supports(self, model: onnx.ModelProto) -> tuple[bool, str]:
         """Whether OpenVINO reads the model."""
@@ -61,14 +64,15 @@ class OpenVinoBackend:
         return True, ""
 
     def build(self, model: onnx.ModelProto, spec: BuildSpec) -> Artefact:
-        """Compiled at the shapes of the timing feeds, with `spec.threads` threads. ModelError if OpenVINO refuses it.
+        """Compiled at the shapes of the timing feeds, with `spec.threads` threads, in BF16 if the model is marked so
+        (`hantc.dialect.floats`) and the CPU has it. ModelError if OpenVINO refuses it.
 
         A model with symbolic dims beside the batch gets no timing feeds: it runs, but `measure` refuses it.
         """
         data = model.SerializeToString()
         _read(data)
         feeds, problem = timing_feeds(model, spec.batch)
-        handle = _Handle(data, frozenset(input_dims(model)), spec.threads, problem)
+        handle = _Handle(data, frozenset(input_dims(model)), spec.threads, floats_of(model), problem)
         if not problem:
             handle.request(feeds)
         return Artefact(handle=handle, feeds=feeds, size_bytes=len(data))
@@ -102,6 +106,11 @@ def _core() -> Any:
     return ov.Core()
 
 
+@cache
+def _has_bf16() -> bool:
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _read(data: bytes) -> Any:
     if not data:
         raise ModelError("OpenVINO does not take the model: it is empty")
@@ -113,18 +122,23 @@ def _read(data: bytes) -> Any:
         raise ModelError(f"OpenVINO does not take the model: {_first_line(e)}") from e
 
 
-def _compile(data: bytes, shapes: _Shapes, threads: int) -> Any:
+def _compile(data: bytes, shapes: _Shapes, threads: int, floats: Floats) -> Any:
     model = _read(data)
-    options: Mapping[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # BF16 would be taken for FP32 where the CPU has it
-    }
     try:
         model.reshape({name: list(shape) for name, shape in shapes})
-        return _core().compile_model(model, "CPU", options).create_infer_request()
+        return _core().compile_model(model, "CPU", options(threads, floats)).create_infer_request()
     except Exception as e:  # openvino's exceptions are RuntimeErrors and others
         raise ModelError(f"OpenVINO does not take the model: {_first_line(e)}") from e
+
+
+def options(threads: int, floats: Floats) -> Mapping[str, Any]:
+    """OpenVINO's settings; those of a file that is marked BF16 need the CPU's consent."""
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        # OpenVINO's own default is BF16 where the CPU has it, which would pass for FP32
+        "INFERENCE_PRECISION_HINT": "bf16" if floats == "bf16" and _has_bf16() else "f32",
+    }
 
 
 def _tensors(feeds: Feeds) -> dict[str, Any]:

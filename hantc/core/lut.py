@@ -90,7 +90,8 @@ def read_lut(path: Path) -> Lut:
     if not table.rows:
         raise UsageError("holds no rows", where=where, hint=hint)
     factors = {f"correction.{k}": v for k, v in asdict(table.correction).items()}
-    for name, x in {"teacher_ms": table.teacher_ms, "scale": table.scale, "pace": table.pace, **factors}.items():
+    whole = {"teacher_ms": table.teacher_ms, "fp32_ms": table.reference_ms}
+    for name, x in {**whole, "scale": table.scale, "pace": table.pace, **factors}.items():
         if not (math.isfinite(x) and x > 0):
             raise UsageError(f"holds a wrong entry, {name}: {x}", where=where, hint=hint)
     unknown = set(value.get("correction") or ()) - set(asdict(table.correction))

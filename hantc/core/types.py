@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 Shape = tuple[int, ...]
-Precision = Literal["fp32", "int8", "fp16"]
+Precision = Literal["fp32", "int8", "fp16", "bf16"]
 ParamValue = int | float | str | bool
 
 
@@ -212,6 +212,12 @@ class CostTable:
     skipped: tuple[tuple[str, str, str, str], ...] = ()  # region, candidate, precision, reason
     correction: Correction = Correction()
     pace: float = 1.0  # milliseconds of the clock on the wall, when the teacher was timed, in one of the table's
+    fp32_ms: float | None = None  # the teacher in FP32, where `teacher_ms` is in BF16
+
+    @property
+    def reference_ms(self) -> float:
+        """What budgets are shares of: the teacher at its best FP32 setting, on GPUs in FP16."""
+        return self.teacher_ms if self.fp32_ms is None else self.fp32_ms
 
     def by_key(self) -> dict[tuple[str, str, str], CostRow]:
         """Rows by (region, candidate, precision)."""

@@ -18,7 +18,7 @@ from hantc.report.records import Solution
 from hantc.report.summary import Summary
 from hantc.report.text import clean, finite, fmt_ms, fmt_percent, fmt_score, fmt_share, fmt_times
 
-MARKERS = {"fp32": "o", "int8": "s", "fp16": "^"}
+MARKERS = {"fp32": "o", "int8": "s", "fp16": "^", "bf16": "^"}
 OTHER = "other"
 _X_MAX = 1.6  # candidates dearer than this (teacher = 1) are drawn at the edge
 
@@ -40,7 +40,7 @@ class Point:
 def latency_bars(summary: Summary) -> Markup | None:
     """Median latency of the teacher, the INT8 teacher and the student, with their interquartile ranges."""
     data = summary_data(summary)
-    colours = {"teacher": svg.TEACHER, "baseline_int8": svg.INT8, "student": svg.STUDENT}
+    colours = {"teacher": svg.TEACHER, "baseline_bf16": svg.TEACHER, "baseline_int8": svg.INT8, "student": svg.STUDENT}
     rows = [(key, title, net) for key, title, net in networks(summary) if net and net.latency_ms is not None]
     if not rows:
         return None

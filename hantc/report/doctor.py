@@ -17,6 +17,7 @@ from hantc.core.atomic import write_text
 from hantc.core.errors import HantcError, UsageError
 from hantc.passes.ceilings import measure_ceilings
 
+_PREDICTED = ("fp32", "int8", "fp16")  # what a target file of the roofline model has peaks of
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnx-graphsurgeon", "networkx", "pulp", "highspy")
 
 
@@ -76,7 +77,7 @@ def calibrated(backend: str, out: Path | None) -> dict[str, Any]:
     if not (can.available and can.measures):
         raise UsageError(f"cannot be timed here: {can.reason}", where=f"--backend {backend}")
     found = measure_ceilings(engine, can.device.cores)
-    peaks = {f"peak_{precision}": value for precision, value in found.peaks}
+    peaks = {f"peak_{precision}": value for precision, value in found.peaks if precision in _PREDICTED}
     facts = {
         **peaks,
         "bandwidth": found.bandwidth,

@@ -24,9 +24,11 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 
 def networks(summary: Summary) -> list[tuple[str, str, NetworkStats | None]]:
-    """(key, title, figures) of the teacher, the teacher in INT8 and the student, in this order."""
+    """(key, title, figures) of the teacher, the teacher in BF16 (on targets that have it), in INT8, and the student."""
+    bf16 = [("baseline_bf16", "Teacher in BF16", summary.baseline_bf16)] if summary.baseline_bf16 else []
     return [
         ("teacher", "Teacher", summary.teacher),
+        *bf16,
         ("baseline_int8", "Teacher in INT8", summary.baseline_int8),
         ("student", "Student", summary.student),
     ]

@@ -190,7 +190,7 @@ def _panels(run: RunRecords) -> tuple[list[dict[str, Any]], dict[str, list[tuple
     named = [(f, svg.VARIABLES[c]) for f, c in colours.items() if f in used]
     if used - set(colours):
         named.append(("other families", svg.VARIABLES[svg.MUTED]))
-    marks = {"fp32": "●", "int8": "■", "fp16": "▲"}
+    marks = {"fp32": "●", "int8": "■", "fp16": "▲", "bf16": "▲"}
     precisions = [(p, marks.get(p, "◆")) for p in sorted({p.precision for n in shown for p in points[n]})]
     return panels, {"families": named, "precisions": precisions}, len(order) - len(shown)
 

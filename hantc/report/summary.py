@@ -106,6 +106,7 @@ class Summary(_Record):
     student: NetworkStats
     baseline_int8: NetworkStats | None
     baseline_int8_reason: str | None = None
+    baseline_bf16: NetworkStats | None = None  # the teacher as it is, where the target computes floats in BF16
     speedup: Number
     accuracy_drop: Number
     predicted_latency_ms: Number

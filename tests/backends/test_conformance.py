@@ -15,6 +15,7 @@ from hantc.backends.registry import BUILTIN, get_backend
 from hantc.core.backend_api import Backend, BuildSpec
 from hantc.core.errors import HantcError
 from hantc.core.types import Protocol, digest
+from hantc.dialect.floats import in_bf16
 
 QUICK = Protocol(threads=1, warmup=1, samples=3, min_sample_ms=0.2)
 RNG = np.random.default_rng(0)
@@ -106,6 +107,12 @@ def test_build_leaves_the_model_alone(backend: Backend) -> None:
     before = model.SerializeToString()
     backend.build(model, BuildSpec(batch=2))
     assert model.SerializeToString() == before
+
+
+def test_a_mark_for_bf16_changes_little_or_nothing(backend: Backend) -> None:
+    model, feeds = conv_net(), {"x": RNG.standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    outputs = [backend.run(backend.build(m, BuildSpec()), feeds)[0] for m in (model, in_bf16(model))]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=0.03 * np.abs(outputs[0]).max())
 
 
 def test_measure_is_positive_and_in_order(backend: Backend) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from hantc.backends.openvino import backend as module
 from hantc.backends.openvino.backend import OpenVinoBackend
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import HantcError, ModelError
+from hantc.dialect.floats import in_bf16
 from hantc.dialect.qdq import QuantSpec, quantize
 from tests.backends.test_conformance import conv_net
 
@@ -50,6 +53,32 @@ def test_outputs_are_not_overwritten_by_the_next_run(backend: OpenVinoBackend) -
     (second,) = backend.run(artefact, feeds[1])
     np.testing.assert_array_equal(first, kept)
     assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("floats", "cpu_has_it", "hint"), [("bf16", True, "bf16"), ("bf16", False, "f32"), ("fp32", True, "f32")]
+)
+def test_bf16_takes_the_mark_and_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, floats: Any, cpu_has_it: bool, hint: str
+) -> None:
+    monkeypatch.setattr(module, "_has_bf16", lambda: cpu_has_it)
+    assert module.options(2, floats)["INFERENCE_PRECISION_HINT"] == hint
+
+
+@pytest.mark.parametrize("cpu_has_it", [True, False])
+def test_bf16_is_offered_where_the_cpu_has_it(
+    backend: OpenVinoBackend, monkeypatch: pytest.MonkeyPatch, cpu_has_it: bool
+) -> None:
+    monkeypatch.setattr(module, "_has_bf16", lambda: cpu_has_it)
+    assert ("bf16" in backend.capabilities().precisions) == cpu_has_it
+
+
+def test_a_marked_file_is_computed_in_bf16(backend: OpenVinoBackend) -> None:
+    model, feeds = conv_net(width=32), {"x": RNG.standard_normal((4, 3, 8, 8)).astype(np.float32)}
+    (plain,) = backend.run(backend.build(model, BuildSpec()), feeds)
+    (marked,) = backend.run(backend.build(in_bf16(model), BuildSpec()), feeds)
+    np.testing.assert_allclose(marked, plain, atol=0.03 * np.abs(plain).max())  # 8 bits of mantissa
+    assert np.array_equal(marked, plain) == ("bf16" not in backend.capabilities().precisions)
 
 
 def test_a_quantised_file_gives_what_onnx_runtime_gives(backend: OpenVinoBackend) -> None:
