@@ -86,6 +86,8 @@ def test_command(
     heavy = words[0] not in COMMANDS
     if "openvino" in words and not available()["openvino"].available:
         pytest.skip("OpenVINO is not installed")
+    if "xeon-bf16" in words and "bf16" not in available()["openvino"].precisions:
+        pytest.skip("OpenVINO is not installed, or this CPU has no BF16")
     if "l4" in words and not available()["tensorrt"].available:
         pytest.skip("tensorrt_rtx is not installed")
     if words[0] == "profile":
