@@ -52,6 +52,15 @@ def make_parser(prog: str, description: str, **kwargs: Any) -> argparse.Argument
     return p
 
 
+def shape_option(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    p.add_argument(
+        "--input-shape",
+        action="append",
+        metavar="[NAME=]CxHxW",
+        help="sizes that the file leaves open, without the batch: 3x224x224",
+    )
+
+
 def machine_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("machine")
     g.add_argument(
@@ -68,6 +77,7 @@ def machine_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--batch", type=int, metavar="N", help="images at a time; default the target's, mostly 1")
     g.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    shape_option(g)
 
 
 def store_option(g: argparse._ArgumentGroup) -> None:
@@ -130,19 +140,23 @@ def cmd_regions(argv: Sequence[str]) -> int:
     p = make_parser("hantc regions", "What can be replaced in a model, and why the rest cannot.")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--region", action="append", default=[], metavar="FROM:TO", help=REGION_HELP)
+    shape_option(p)
     p.add_argument("--why", action="store_true", help="also what nearly was a region, or nearly fitted a pattern")
     args = p.parse_args(argv)
     from dataclasses import asdict
     from tempfile import TemporaryDirectory
 
-    from hantc.dialect.importer import import_file
+    from hantc.core.config import parse_shapes
+    from hantc.dialect.importer import import_model, load_onnx
+    from hantc.dialect.input_shape import fix_inputs
     from hantc.dialect.pattern import installed
     from hantc.dialect.rewrites.normalize import normalize
     from hantc.passes.match import match_regions
     from hantc.report.regions import regions_table
 
     with TemporaryDirectory() as place:
-        network = import_file(model_file(args.model, Path(place), quiet=args.json))
+        file = model_file(args.model, Path(place), quiet=args.json)
+        network = import_model(fix_inputs(load_onnx(file), parse_shapes(args.input_shape or ())), where=file)
     found = match_regions(normalize(network)[0], named=args.region, patterns=installed())
     return show(args, lambda: asdict(found), lambda: regions_table(found, why=args.why))
 

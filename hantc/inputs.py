@@ -18,7 +18,7 @@ from hantc.backends.device import channel_block, needs_reduced_range
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Backend, Capabilities, Optimizer
-from hantc.core.config import EFFORTS, Budget, Cap, CompileConfig, parse_drop, parse_duration, parse_size
+from hantc.core.config import EFFORTS, Budget, Cap, CompileConfig, parse_drop, parse_duration, parse_shapes, parse_size
 from hantc.core.errors import UsageError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Reporter
@@ -27,7 +27,9 @@ from hantc.core.types import ModelInfo, digest
 from hantc.data.dataset import Dataset, Split, load_dataset
 from hantc.data.preprocess import Preprocess, load_preprocess
 from hantc.dialect.examples import example_inputs
+from hantc.dialect.floats import unmarked
 from hantc.dialect.importer import load_onnx, model_info
+from hantc.dialect.input_shape import fix_inputs
 from hantc.passes.state import Clock, Context, State
 
 _CAPS = ("budget_params", "budget_macs", "budget_memory")
@@ -45,6 +47,8 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
     """
     path = Path(model)
     given = {k: v for k, v in options.items() if v is not None}
+    if isinstance(given.get("input_shape"), (str, list, tuple)):
+        given["input_shape"] = parse_shapes(given["input_shape"])
     if "budget" in given and "max_drop" in given:
         raise UsageError("--budget and --max-drop exclude each other", hint="give one of them")
     parse: dict[str, Callable[[str], object]] = {
@@ -90,6 +94,7 @@ def prepare(
         config = config.model_copy(update={"batch": target.batch})
     check_folder(config.out, f"--out {config.out}")
     model = model if model is not None else load_onnx(config.model)
+    model = unmarked(fix_inputs(model, config.input_shape))
     info = model_info(model)
     _check_model(info, config)
     backend = target.make_backend()

@@ -247,9 +247,9 @@ def compile(
     exported teacher is kept as `teacher.onnx` in the run folder). `budget`: fraction of the teacher's latency
     (0.5) or milliseconds ("8ms"). `target`: a name or a TOML file. Other options are those of the command line
     with underscores: `val`, `unlabelled`, `preprocess`, `max_drop`, `effort`, `time_limit` ("30m" or seconds),
-    `precision`, `pool`, `region` (a list of "FROM:TO"), `recipe`, `memory`, `backend`, `threads`,
-    `batch`, `lut`, `optimized`, `out`, `store`, `seed`; a module also takes `name`. Raises what the command line
-    exits with: UsageError (2), BudgetError (1), HantcError (3).
+    `precision`, `input_shape` ("3x224x224"), `pool`, `region` (a list of "FROM:TO"), `recipe`, `memory`,
+    `backend`, `threads`, `batch`, `lut`, `optimized`, `out`, `store`, `seed`; a module also takes `name`. Raises
+    what the command line exits with: UsageError (2), BudgetError (1), HantcError (3).
     """
     proto: ModelProto | None = None
     if isinstance(model, nn.Module):
@@ -287,7 +287,7 @@ def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
     summary = load(folder)
     teacher = _teacher_file(folder, summary)
     notes: list[str] = []
-    wanted = {k: summary.options.get(k) for k in ("data", "val", "preprocess", "precision")}
+    wanted = {k: summary.options.get(k) for k in ("data", "val", "preprocess", "precision", "input_shape")}
     gone = [k for k in ("data", "val") if wanted[k] and not Path(str(wanted[k])).exists()]
     if summary.data is not None and (gone or not wanted["data"]):
         notes.append(f"{summary.data.source} is no longer there: accuracy and agreement were not checked")

@@ -97,3 +97,17 @@ def test_a_run_is_verified_on_its_engine(tiny: Tiny, tmp_path: Path) -> None:
     run = hantc.compile(tiny.model, backend="roofline", out=tmp_path / "run", store=tmp_path / "store", threads=1)
     now = verify_run(tmp_path / "run", Reporter())
     assert now["teacher"]["latency_ms"] == pytest.approx(run.summary.teacher.latency_ms)
+
+
+def test_open_sizes_are_asked_for(tiny: Tiny, cli: Callable[..., Result], tmp_path: Path) -> None:
+    model = onnx.load(str(tiny.model))
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = "side"
+    path, out = tmp_path / "dynamic.onnx", tmp_path / "run"
+    onnx.save(model, str(path))
+    for argv in (("regions", path), (path, "--out", out, "--store", tmp_path / "store")):
+        refused = cli(*argv)
+        assert refused.code == 2 and "--input-shape 3x224x224" in refused.err, refused.err
+    assert not out.exists()
+    found = cli("regions", path, "--input-shape", "3x36x36", "--json").json()
+    assert found["regions"] and found["regions"][0]["in_shape"][1:] == [36, 36]

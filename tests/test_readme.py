@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 from PIL import Image
 
@@ -37,6 +38,10 @@ def workplace(tiny: Tiny, compiled: Compiled, tmp_path: Path, monkeypatch: pytes
     for name in ("model.onnx", *PLACES):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny.model, home / name)
+    dynamic = onnx.load(str(tiny.model))
+    for axis in (2, 3):
+        dynamic.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"size{axis}"
+    onnx.save(dynamic, str(home / "dynamic.onnx"))
     (home / "../shared/data").mkdir()
     for name in ("set.npz", "../shared/data/cifar10_lossless.npz"):
         shutil.copy(tiny.data, home / name)

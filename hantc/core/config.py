@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from hantc.core.errors import UsageError
 
@@ -92,6 +93,18 @@ def parse_size(text: str, option: str) -> int:
     return int(float(m.group(1)) * _UNITS[m.group(2).upper()])
 
 
+def parse_shapes(texts: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`3x224x224`, or `NAME=3x224x224` once for each input → sizes by name ("" without one). UsageError otherwise."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in [texts] if isinstance(texts, str) else texts:
+        name, _, dims = text.rpartition("=")
+        if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", dims.strip().lower()):
+            hint = "write channels x height x width: 3x224x224"
+            raise UsageError(f"{text!r} is not a shape", where="--input-shape", hint=hint)
+        found[name.strip()] = tuple(map(int, dims.strip().lower().split("x")))
+    return found
+
+
 def parse_drop(text: str) -> float:
     """`0.5%` or `0.5` → 0.5 points of accuracy. UsageError otherwise."""
     m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%?\s*", text)
@@ -119,6 +132,7 @@ class CompileConfig(BaseModel):
     max_drop: float | None = None
     effort: Effort = "standard"
     time_limit: float | None = Field(default=None, gt=0)  # seconds
+    input_shape: dict[str, tuple[PositiveInt, ...]] = {}  # without the batch, by name; "" is the only input
     region: tuple[str, ...] = ()  # "FROM:TO": regions wanted just so
     recipe: Literal["hantc", "paper"] = "hantc"  # of training candidates
     pool: Literal["sample", "whole"] = "sample"  # of a region's scratch candidates: which are measured and trained

@@ -19,10 +19,19 @@ Floats = Literal["fp32", "bf16"]
 def in_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy that is marked to run in BF16 where the engine can."""
     made = onnx.ModelProto()
+    made.CopyFrom(unmarked(model))
+    made.metadata_props.append(onnx.StringStringEntryProto(key=KEY, value="bf16"))
+    return made
+
+
+def unmarked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or where it is marked a copy that is not: an earlier student as the teacher of the next."""
+    if not any(p.key == KEY for p in model.metadata_props):
+        return model
+    made = onnx.ModelProto()
     made.CopyFrom(model)
-    kept = [p for p in made.metadata_props if p.key != KEY]
     del made.metadata_props[:]
-    made.metadata_props.extend([*kept, onnx.StringStringEntryProto(key=KEY, value="bf16")])
+    made.metadata_props.extend(p for p in model.metadata_props if p.key != KEY)
     return made
 
 

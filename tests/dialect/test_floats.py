@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from hantc.dialect.floats import KEY, floats_of, in_bf16
+from hantc.dialect.floats import KEY, floats_of, in_bf16, unmarked
 
 
 def small() -> onnx.ModelProto:
@@ -25,6 +25,14 @@ def test_a_mark_is_read_back_and_changes_nothing_else() -> None:
     onnx.checker.check_model(made)
     del made.metadata_props[:], model.metadata_props[:]
     assert made == model
+
+
+def test_a_student_as_the_next_teacher_is_not_marked() -> None:
+    model = small()
+    assert unmarked(model) is model
+    marked = in_bf16(model)
+    assert unmarked(marked) == model
+    assert floats_of(marked) == "bf16"
 
 
 def test_a_mark_is_set_once_and_other_values_are_no_mark() -> None:
