@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
-import networkx as nx
 from torch import fx, nn
 
 from hantc.core.errors import UsageError
@@ -24,28 +23,17 @@ from hantc.dialect.pool import GlobalPool, Pool
 from hantc.dialect.shape import Concat
 from hantc.dialect.verbatim import Verbatim
 from hantc.passes.asked import asked_for
+from hantc.passes.elements import SINK, Element, inner_lines, main_line
 from hantc.passes.state import Context, State
 
-_SOURCE, _SINK = "<source>", "<sink>"
 _DEEP = 20  # atoms
+_LARGE = 12  # convolutions: what has more is looked into
+_WHOLE = ("", "attention", "dense_layer", "dense_block")  # kinds that are not
 _TAILS = frozenset(  # activations and norms that have no leaf of their own
     {"Gelu", "Mish", "Elu", "Celu", "Selu", "PRelu", "ThresholdedRelu", "Swish",
      "InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "LRN"}
 )  # fmt: skip
 _BATCH = 2  # shapes are inferred at this batch, so that a dim that follows the batch shows
-
-
-@dataclass(frozen=True)
-class _Element:
-    """The part of the graph between two neighbouring cut nodes: `exit` and what lies strictly before it."""
-
-    entry: str
-    exit: str
-    nodes: tuple[str, ...]
-
-    @property
-    def simple(self) -> bool:
-        return self.nodes == (self.exit,)  # what leads to the sink has no leaf at its exit
 
 
 class Matcher:
@@ -68,35 +56,24 @@ class Matcher:
         self.asked: set[str] = set()  # last nodes of the regions of `named`
 
     # -- structure -----------------------------------------------------------------------------------------
-    def _flow(self) -> Any:
-        """Data flow from a virtual source (the inputs) to a virtual sink (the outputs)."""
-        g: Any = nx.DiGraph()
-        g.add_nodes_from((_SOURCE, _SINK))
-        for node in self.module.graph.nodes:
-            if node.op == "placeholder":
-                g.add_edge(_SOURCE, node.name)
-            for source in node.all_input_nodes:
-                g.add_edge(source.name, _SINK if node.op == "output" else node.name)
-        live = nx.descendants(g, _SOURCE) & nx.ancestors(g, _SINK)
-        return g.subgraph(live | {_SOURCE, _SINK})
+    def elements(self) -> list[Element]:
+        """The main line."""
+        return main_line(self.module, self.shapes)
 
-    def elements(self) -> list[_Element]:
-        """The main line: parts between the nodes that every path from input to output passes."""
-        g = self._flow()
-        dominator = nx.immediate_dominators(g.reverse(copy=False), _SINK)
-        if _SOURCE not in dominator:
-            return []  # no output depends on an input
-        chain = [_SOURCE]
-        while chain[-1] != _SINK:
-            chain.append(dominator[chain[-1]])
-        found = []
-        for entry, exit_ in itertools.pairwise(chain):
-            inside = (nx.descendants(g, entry) & nx.ancestors(g, exit_)) | {exit_}
-            names = tuple(sorted(inside - {_SINK}, key=lambda n: self.order[n]))
-            if entry == _SOURCE and names and self.nodes[names[-1]].op == "placeholder":
-                continue
-            found.append(_Element(entry, exit_, names))
-        return found
+    def inside(self, kind: str, es: list[Element]) -> list[tuple[str, list[Element]]]:
+        """The blocks within a block that is too large for one operation to stand in for; none of others."""
+        if kind in _WHOLE or self._convs(es) <= _LARGE:
+            return []
+        found: list[tuple[str, list[Element]]] = []
+        for e in es:
+            for line in inner_lines(self.module, e, self.shapes) if not e.simple else []:
+                for inner, part in self.group(line, seen_conv=True):
+                    found += self.inside(inner, part) or [(inner, part)]
+        kept = [(k, part) for k, part in found if k]
+        return kept if sum(self._convs(part) > 1 for _, part in kept) > 1 else []
+
+    def _convs(self, es: list[Element]) -> int:
+        return sum(isinstance(m, Conv) for e in es for m in self.leaves(e.nodes))
 
     def leaf(self, name: str) -> nn.Module | None:
         return leaf_of(self.module, self.nodes[name]) if name in self.nodes else None  # None: source or sink
@@ -105,14 +82,14 @@ class Matcher:
         return [m for m in (self.leaf(n) for n in names) if m is not None]
 
     # -- classification ------------------------------------------------------------------------------------
-    def _is_conv(self, e: _Element) -> bool:
+    def _is_conv(self, e: Element) -> bool:
         return e.simple and isinstance(self.leaf(e.exit), Conv)
 
-    def _conv(self, e: _Element) -> Conv | None:
+    def _conv(self, e: Element) -> Conv | None:
         leaf = self.leaf(e.exit) if e.simple else None
         return leaf if isinstance(leaf, Conv) else None
 
-    def _is_tail(self, e: _Element) -> bool:
+    def _is_tail(self, e: Element) -> bool:
         """Norms and activations belong to the operation before them."""
         if not e.simple:
             return False
@@ -121,7 +98,7 @@ class Matcher:
             return leaf.proto.op_type in _TAILS
         return isinstance(leaf, BatchNorm) or bool(activation_name(leaf))
 
-    def _is_gate(self, e: _Element) -> bool:
+    def _is_gate(self, e: Element) -> bool:
         """Squeeze-and-excite: x times something pooled from x."""
         if e.simple:
             return False
@@ -132,12 +109,12 @@ class Matcher:
             and any(isinstance(m, GlobalPool) or type(m).__name__ == "Reduce" for m in self.leaves(e.nodes))
         )
 
-    def _skip_tail(self, es: list[_Element], i: int) -> int:
+    def _skip_tail(self, es: list[Element], i: int) -> int:
         while i < len(es) and self._is_tail(es[i]):
             i += 1
         return i
 
-    def _inverted(self, es: list[_Element], i: int) -> int:
+    def _inverted(self, es: list[Element], i: int) -> int:
         """End (exclusive) of [1×1] depthwise [gate] 1×1 beginning at i; i if there is none."""
         first = self._conv(es[i])
         if first is None:
@@ -159,7 +136,7 @@ class Matcher:
             return i
         return self._skip_tail(es, j + 1)
 
-    def _composite_kind(self, e: _Element) -> str:
+    def _composite_kind(self, e: Element) -> str:
         leaves = self.leaves(e.nodes)
         join = leaves[-1] if leaves else None
         if any(isinstance(m, MatMul) for m in leaves) and any(type(m).__name__ == "Softmax" for m in leaves):
@@ -175,20 +152,20 @@ class Matcher:
             return "inverted_residual"
         return "residual"
 
-    def blocks(self, es: list[_Element]) -> list[tuple[str, list[_Element]]]:
+    def blocks(self, es: list[Element]) -> list[tuple[str, list[Element]]]:
         """`group`, but for the regions that were asked for, by name or by a pattern, which stay as they are."""
         asked = asked_for(self.named, self.module, [(e.entry, e.exit) for e in es])
         ranges = self._patterned(es, [(begin, end, "") for begin, end in asked])
-        found: list[tuple[str, list[_Element]]] = []
+        found: list[tuple[str, list[Element]]] = []
         at, self.asked = 0, {es[end - 1].exit for _, end in asked}
         for begin, end, kind in ranges:
-            whole = _Element(es[begin].entry, es[end - 1].exit, tuple(n for e in es[begin:end] for n in e.nodes))
+            whole = Element(es[begin].entry, es[end - 1].exit, tuple(n for e in es[begin:end] for n in e.nodes))
             kind = kind or self._composite_kind(whole)
             found += [*self.group(es[at:begin], self._has_conv(es[:at])), (kind, es[begin:end])]
             at = end
         return found + self.group(es[at:], self._has_conv(es[:at]))
 
-    def _patterned(self, es: list[_Element], taken: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    def _patterned(self, es: list[Element], taken: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
         """What is `taken`, and where the patterns fit besides, in order."""
         begins, ends = {e.entry: i for i, e in enumerate(es)}, {e.exit: i + 1 for i, e in enumerate(es)}
         for p in self.patterns:
@@ -209,19 +186,19 @@ class Matcher:
     def _miss(self, what: str, where: str, why: str) -> None:
         self.misses.append(Rejection(f"{what} at {where}", why, (where,)))
 
-    def _has_conv(self, es: list[_Element]) -> bool:
+    def _has_conv(self, es: list[Element]) -> bool:
         return any(isinstance(m, Conv) for e in es for m in self.leaves(e.nodes))
 
-    def group(self, es: list[_Element], seen_conv: bool = False) -> list[tuple[str, list[_Element]]]:
+    def group(self, es: list[Element], seen_conv: bool = False) -> list[tuple[str, list[Element]]]:
         """Elements → (kind, elements) blocks in order; kind "" for what is no region. `seen_conv`: whether there is
         a convolution before them."""
-        blocks: list[tuple[str, list[_Element]]] = []
+        blocks: list[tuple[str, list[Element]]] = []
         i = 0
         while i < len(es):
             e = es[i]
             has_product = any(isinstance(m, (Conv, Linear, MatMul)) for m in self.leaves(e.nodes))
             end, kind = i + 1, ""
-            if not e.simple and has_product and e.exit != _SINK:
+            if not e.simple and has_product and e.exit != SINK:
                 kind, end = self._composite_kind(e), self._skip_tail(es, i + 1)
             elif self._is_conv(e):
                 end, kind = self._inverted(es, i), "inverted_residual"
@@ -238,22 +215,22 @@ class Matcher:
         return blocks
 
     # -- regions -------------------------------------------------------------------------------------------
-    def _reject(self, es: list[_Element], reason: str) -> None:
+    def _reject(self, es: list[Element], reason: str) -> None:
         names = tuple(n for e in es for n in e.nodes)
         if names:
             self.rejections.append(
                 Rejection(names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", reason, names)
             )
 
-    def _why_not(self, es: list[_Element]) -> str:
+    def _why_not(self, es: list[Element]) -> str:
         leaves = self.leaves([n for e in es for n in e.nodes])
-        if es[-1].exit == _SINK:
+        if es[-1].exit == SINK:
             return "feeds the graph's outputs by several paths, so it has no single exit"
         if any(isinstance(m, Linear) for m in leaves):
             return "matrix product outside a block (head): no candidate family for it"
         return "no convolution or matrix product: nothing to gain"
 
-    def region(self, kind: str, es: list[_Element], name: str, atoms: tuple[int, ...]) -> Region | str:
+    def region(self, kind: str, es: list[Element], name: str, atoms: tuple[int, ...]) -> Region | str:
         """The region made of `es`, or the reason why it cannot be one."""
         entry, exit_ = es[0].entry, es[-1].exit
         nodes = tuple(n for e in es for n in e.nodes)
@@ -283,20 +260,26 @@ class Matcher:
 
     def match(self) -> MatchResult:
         """All regions: atoms in order, then what joins neighbouring atoms."""
-        atoms: list[tuple[Region, list[_Element]]] = []
+        atoms: list[tuple[Region, list[Element]]] = []
+        wholes: list[Region] = []
         for kind, es in self.blocks(self.elements()):
-            if not kind:
-                self._reject(es, self._why_not(es))
-                continue
-            made = self.region(kind, es, f"r{len(atoms):02d}", (len(atoms),))
             asked = es[-1].exit in self.asked
-            if isinstance(made, str) and asked:
-                raise UsageError(f"cannot be a region: {made}", where=f"--region ...:{es[-1].exit}")
-            if isinstance(made, str):
-                self._reject(es, made)
-            else:
-                atoms.append((made, es))
-        joined = self._dense_blocks(atoms) + self._spans(atoms, self.max_span or (2 if len(atoms) > _DEEP else 3))
+            begin, inner = len(atoms), [] if asked else self.inside(kind, es)
+            for k, part in inner or [(kind, es)]:
+                made = self.region(k, part, f"r{len(atoms):02d}", (len(atoms),)) if k else self._why_not(part)
+                if isinstance(made, Region):
+                    atoms.append((made, part))
+                elif asked:
+                    raise UsageError(f"cannot be a region: {made}", where=f"--region ...:{es[-1].exit}")
+                else:
+                    self._reject(part, made)
+            if len(atoms) > begin + 1 and inner:
+                name = f"{atoms[begin][0].name}_{atoms[-1][0].name}_whole"
+                whole = self.region(kind, es, name, tuple(range(begin, len(atoms))))
+                wholes += [whole] if isinstance(whole, Region) else []
+        joined = (
+            self._dense_blocks(atoms) + self._spans(atoms, self.max_span or (2 if len(atoms) > _DEEP else 3)) + wholes
+        )
         regions = [self._with_parent(r, joined) for r, _ in atoms] + joined
         misses = tuple({m.where: m for m in self.misses}.values())
         return MatchResult(tuple(regions), tuple(self._merged()), len(atoms), misses)
@@ -305,15 +288,15 @@ class Matcher:
         holders = [j for j in joined if set(region.atoms) < set(j.atoms)]
         return replace(region, parent=max(holders, key=lambda j: len(j.atoms)).name) if holders else region
 
-    def _join(self, kind: str, run: list[tuple[Region, list[_Element]]]) -> Region | None:
+    def _join(self, kind: str, run: list[tuple[Region, list[Element]]]) -> Region | None:
         es = [e for _, part in run for e in part]
         name = f"{run[0][0].name}_{run[-1][0].name}"
         made = self.region(kind, es, name, tuple(i for r, _ in run for i in r.atoms))
         return None if isinstance(made, str) else made
 
-    def _dense_blocks(self, atoms: list[tuple[Region, list[_Element]]]) -> list[Region]:
+    def _dense_blocks(self, atoms: list[tuple[Region, list[Element]]]) -> list[Region]:
         found: list[Region | None] = []
-        run: list[tuple[Region, list[_Element]]] = []
+        run: list[tuple[Region, list[Element]]] = []
         for item in [*atoms, None]:
             if item is not None and item[0].kind == "dense_layer" and (not run or run[-1][0].output == item[0].input):
                 run.append(item)
@@ -323,7 +306,7 @@ class Matcher:
             run = [item] if item is not None and item[0].kind == "dense_layer" else []
         return [r for r in found if r is not None]
 
-    def _spans(self, atoms: list[tuple[Region, list[_Element]]], longest: int) -> list[Region]:
+    def _spans(self, atoms: list[tuple[Region, list[Element]]], longest: int) -> list[Region]:
         spannable = {"residual", "inverted_residual", "plain_conv", "downsample"}
         found = []
         for length in range(2, longest + 1):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 
 import hantc
@@ -18,7 +20,7 @@ from hantc.passes.state import Context
 from hantc.run import verify_run
 
 if TYPE_CHECKING:
-    from tests.conftest import Tiny
+    from tests.conftest import Result, Tiny
 
 BOARD = """
 backend = "roofline"
