@@ -72,10 +72,8 @@ def inner_lines(module: fx.GraphModule, whole: Element, tensors: Collection[str]
     """The chains inside a part with several paths, in the graph's order: of the parts within it those that lie in no
     other, each followed by the one that alone reads it."""
     order = {n.name: i for i, n in enumerate(module.graph.nodes)}
-    g = flow(module).subgraph({whole.entry, *whole.nodes})
+    g = flow(module).subgraph({whole.entry, *whole.nodes, whole.exit})
     before, after = nx.immediate_dominators(g, whole.entry), nx.immediate_dominators(g.reverse(), whole.exit)
-    if set(before) | set(after) | {whole.entry, whole.exit} != set(before) & set(after) | {whole.entry, whole.exit}:
-        return []
     parts = [p for exit_ in whole.nodes if (p := _part(g, exit_, before, after, tensors, order))]
     taken: set[str] = set()
     found: list[Element] = []

@@ -61,16 +61,19 @@ class Matcher:
         return main_line(self.module, self.shapes)
 
     def inside(self, kind: str, es: list[Element]) -> list[tuple[str, list[Element]]]:
-        """The blocks within a block that is too large for one operation to stand in for; none of others."""
-        if kind in _WHOLE or self._convs(es) <= _LARGE:
+        """The blocks within a block that is too large for one operation to stand in for, or that leads to several
+        outputs; none of others."""
+        last = es[-1].exit == SINK
+        if not last and (kind in _WHOLE or self._convs(es) <= _LARGE):
             return []
         found: list[tuple[str, list[Element]]] = []
         for e in es:
             for line in inner_lines(self.module, e, self.shapes) if not e.simple else []:
                 for inner, part in self.group(line, seen_conv=True):
                     found += self.inside(inner, part) or [(inner, part)]
-        kept = [(k, part) for k, part in found if k]
-        return kept if sum(self._convs(part) > 1 for _, part in kept) > 1 else []
+        if not last and sum(self._convs(part) > 1 for k, part in found if k) < 2:
+            return []
+        return [(k, part) for k, part in found if k]
 
     def _convs(self, es: list[Element]) -> int:
         return sum(isinstance(m, Conv) for e in es for m in self.leaves(e.nodes))
@@ -273,7 +276,11 @@ class Matcher:
                     raise UsageError(f"cannot be a region: {made}", where=f"--region ...:{es[-1].exit}")
                 else:
                     self._reject(part, made)
-            if len(atoms) > begin + 1 and inner:
+            if inner and not kind:
+                taken = {n for _, part in inner for e in part for n in e.nodes}
+                rest = tuple(n for e in es for n in e.nodes if n not in taken)
+                self._reject([Element(es[0].entry, SINK, rest)], self._why_not(es))
+            if len(atoms) > begin + 1 and inner and kind:
                 name = f"{atoms[begin][0].name}_{atoms[-1][0].name}_whole"
                 whole = self.region(kind, es, name, tuple(range(begin, len(atoms))))
                 wholes += [whole] if isinstance(whole, Region) else []

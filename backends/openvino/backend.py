@@ -12,6 +12,7 @@ import onnx
 
 from hantc.backends.device import cpu_capabilities
 from hantc.backends.feeds import input_dims, timing_feeds
+from hantc.backends.openvino.trial import crashes, doubtful
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.timing import measure_artefacts
@@ -34,6 +35,7 @@ class _Handle:
     inputs: frozenset[str]
     threads: int
     floats: Floats
+    doubtful: bool  # whether compiling it may end the process
     no_feeds: str  # why there are no timing feeds, or ""
     requests: dict[_Shapes, Any] = field(default_factory=dict)  # openvino.InferRequest
 
@@ -41,6 +43,8 @@ class _Handle:
         """The compiled form for the shapes of `feeds`: fixed shapes run faster than dynamic ones."""
         shapes = tuple((name, tuple(np.shape(a))) for name, a in sorted(feeds.items()))
         if shapes not in self.requests:
+            if self.doubtful and not self.requests and crashes(self.data, shapes, options(self.threads, self.floats)):
+                raise ModelError("OpenVINO does not take the model: it crashes on it")
             self.requests[shapes] = _compile(self.data, shapes, self.threads, self.floats)
         return self.requests[shapes]
 
@@ -72,7 +76,7 @@ class OpenVinoBackend:
         data = model.SerializeToString()
         _read(data)
         feeds, problem = timing_feeds(model, spec.batch)
-        handle = _Handle(data, frozenset(input_dims(model)), spec.threads, floats_of(model), problem)
+        handle = _Handle(data, frozenset(input_dims(model)), spec.threads, floats_of(model), doubtful(model), problem)
         if not problem:
             handle.request(feeds)
         return Artefact(handle=handle, feeds=feeds, size_bytes=len(data))

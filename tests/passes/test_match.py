@@ -272,16 +272,16 @@ def test_the_rest_is_rejected_with_reasons(sketch: Pen) -> None:
     assert "head" in found.rejections[1].reason
 
 
-def test_what_reaches_the_outputs_by_two_paths_is_rejected(sketch: Pen) -> None:
+def test_of_what_reaches_the_outputs_by_two_paths_each_path_has_its_regions(sketch: Pen) -> None:
     s = sketch(3, 8, 8)
     at = residual(s, stem(s), "b", 8, 8)
     left = s.chain(at, left=Conv(8, 4, 3), left_act=relu())
-    right = s.chain(at, right=Conv(8, 2, 3))
+    right = s.chain(at, right=Conv(8, 2, 3), right_pool=GlobalPool())
     found = run(s, left, right)
-    assert by_kind(found) == [("r00", "stem"), ("r01", "residual")]
-    assert len(found.rejections) == 1
+    assert by_kind(found) == [("r00", "stem"), ("r01", "residual"), ("r02", "plain_conv"), ("r03", "plain_conv")]
+    assert [found.region(f"r{i:02d}").nodes for i in (2, 3)] == [("left", "left_act"), ("right",)]
+    assert [r.nodes for r in found.rejections] == [("right_pool",)]
     assert "several paths" in found.rejections[0].reason
-    assert set(found.rejections[0].nodes) == {"left", "left_act", "right"}
 
 
 def test_one_node_alone_may_lead_to_a_second_output(sketch: Pen) -> None:
@@ -298,13 +298,13 @@ def test_a_network_may_end_in_a_depthwise_convolution(sketch: Pen) -> None:
     assert [k for _, k in by_kind(run(s))] == ["stem", "plain_conv", "plain_conv"]
 
 
-def test_an_output_in_the_middle_ends_the_main_line(sketch: Pen) -> None:
+def test_there_are_regions_behind_an_output_in_the_middle(sketch: Pen) -> None:
     s = sketch(3, 8, 8)
     at = residual(s, stem(s), "a", 8, 8)
     end = residual(s, at, "b", 8, 8)
     found = run(s, at, end)
-    assert [r.output for r in found.regions] == ["stem_act", "aact"]
-    assert all(n.startswith("b") for r in found.rejections for n in r.nodes)
+    assert [r.output for r in found.regions if len(r.atoms) == 1] == ["stem_act", "aact", "bact"]
+    assert not found.rejections
 
 
 def test_a_dead_branch_does_not_count(sketch: Pen) -> None:
