@@ -50,7 +50,7 @@ _ROUND_FROM = 0.8  # share of the steps after which INT8 regions round in traini
 _CHECKS = 16  # evaluations on the search split, at most
 _CHECK_SHARE = 12.0  # and training lasts this many times as long as evaluating
 RECIPE = {
-    "version": 9,
+    "version": 10,
     "rates": RATES,
     "mix": _MIX,
     "old": _OLD_RATE,
@@ -161,7 +161,8 @@ class Tuner:
         with self.ctx.reporter.bar("fine-tuning", 1.0) as bar:
             bar.advance(box.begun)
             done = box.begun
-            best, checked, spent = self._check(best, average, history, box)
+            best, spent = self._check(best, average, history, box)
+            checked = box.progress
             for x, y in training_batches(self.data, self.size, self.augment, self.ctx.config.seed + 1):
                 if not self._step(optimizer, *mixed(x, y, generator, _MIX), box):
                     self.ctx.note(
@@ -172,8 +173,10 @@ class Tuner:
                 more = box.advance()
                 bar.advance(max(0.0, box.progress - done))
                 done = max(done, box.progress)
-                if not more or time.monotonic() - checked > max(_CHECK_SHARE * spent, seconds / _CHECKS):
-                    best, checked, spent = self._check(best, average, history, box)
+                # by progress: where steps end the training, a busy machine must not decide which states are looked at
+                if not more or box.progress - checked > max(_CHECK_SHARE * spent / seconds, 1 / _CHECKS):
+                    best, spent = self._check(best, average, history, box)
+                    checked = box.progress
                     _observe(self.view, self.data)
                 if not more:
                     break
@@ -222,10 +225,10 @@ class Tuner:
         _rounding(self.view, True)
         return self.judge(self.view)
 
-    def _check(self, best: Best, average: Average, history: History, box: TimeBox) -> tuple[Best, float, float]:
+    def _check(self, best: Best, average: Average, history: History, box: TimeBox) -> tuple[Best, float]:
         """Evaluate, and keep the state if it is the nearest to the teacher so far (labels do not count: a teacher
         knows the images that it was trained on by heart, and so does a student that was just made from it).
-        Also when that was, and how many seconds it took."""
+        Also how many seconds it took."""
         begun = time.monotonic()
         own = copy.deepcopy(self.student.state_dict())
         found = self._evaluate(average)
@@ -234,7 +237,7 @@ class Tuner:
         if found["kl"] < best[0]:
             best = (found["kl"], copy.deepcopy(average.shadow))
         self.student.load_state_dict(own)
-        return best, time.monotonic(), time.monotonic() - begun
+        return best, time.monotonic() - begun
 
 
 def _climb(loss: Callable[[int], float], start: int, n: int) -> int:

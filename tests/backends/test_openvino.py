@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
 from hantc.backends.openvino import backend as module
+from hantc.backends.openvino import trial
 from hantc.backends.openvino.backend import OpenVinoBackend
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import HantcError, ModelError
@@ -108,3 +111,37 @@ def test_errors_say_what_openvino_says_not_where_in_its_source(backend: OpenVino
     model.graph.node[2].op_type = "NoSuchOperator"
     with pytest.raises(HantcError, match="NoSuchOperator"):
         backend.build(model, BuildSpec())
+
+
+def quantised(op: str) -> onnx.ModelProto:
+    """x as INT8 and back, joined with itself by `op`."""
+    inits = [
+        numpy_helper.from_array(np.array(v, dtype=t), n) for n, v, t in (("s", 0.1, np.float32), ("z", 0, np.uint8))
+    ]
+    attributes: dict[str, Any] = {"axis": 1} if op == "Concat" else {}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node(op, ["d", "d"], ["y"], **attributes),
+    ]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", c, 4, 4]) for n, c in (("x", 3), ("y", None))]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], inits)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_what_it_may_crash_on_is_compiled_elsewhere_first(
+    backend: OpenVinoBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feeds = {"x": np.ones((2, 3, 4, 4), np.float32)}
+    (got,) = backend.run(backend.build(quantised("Concat"), BuildSpec()), feeds)
+    np.testing.assert_allclose(got, np.ones((2, 6, 4, 4)), atol=1e-6)
+    monkeypatch.setattr(trial, "_PROGRAM", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(ModelError, match="crashes"):
+        backend.build(quantised("Concat"), BuildSpec())
+    backend.build(quantised("Add"), BuildSpec())  # not of the kind
+    monkeypatch.setattr(trial, "_PROGRAM", "raise ValueError")  # an error: for the backend to report
+    backend.build(quantised("Concat"), BuildSpec())
+    monkeypatch.setattr(trial, "_PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(trial, "_TIMEOUT_S", 0.5)
+    with pytest.raises(ModelError, match="crashes"):
+        backend.build(quantised("Concat"), BuildSpec())
