@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from hantc.core.errors import UsageError
 from hantc.core.progress import Reporter
 from hantc.inputs import make_config, prepare
 from hantc.passes.state import Context
+from hantc.report import doctor
 from hantc.run import verify_run
 
 if TYPE_CHECKING:
@@ -99,6 +101,16 @@ def test_a_run_is_verified_on_its_engine(tiny: Tiny, tmp_path: Path) -> None:
     run = hantc.compile(tiny.model, backend="roofline", out=tmp_path / "run", store=tmp_path / "store", threads=1)
     now = verify_run(tmp_path / "run", Reporter())
     assert now["teacher"]["latency_ms"] == pytest.approx(run.summary.teacher.latency_ms)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_target_that_the_cpu_lacks_is_told(monkeypatch: pytest.MonkeyPatch, has_it: bool) -> None:
+    found = registry.available()
+    floats = ("bf16",) if has_it else ()
+    here = replace(found["openvino"], available=True, precisions=("fp32", "int8", *floats))
+    monkeypatch.setattr("hantc.report.doctor.available", lambda: {**found, "openvino": here})
+    (row,) = [t for t in doctor.targets_data() if t["name"] == "xeon-bf16"]
+    assert row["available"] == has_it and ("no bf16 on this CPU" in row["reason"]) != has_it
 
 
 def test_open_sizes_are_asked_for(tiny: Tiny, cli: Callable[..., Result], tmp_path: Path) -> None:

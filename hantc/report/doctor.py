@@ -126,6 +126,9 @@ def targets_data() -> list[dict[str, Any]]:
             continue
         here = found.get(t.backend)
         usable, reason = (here.available, here.reason) if here else (False, f"no backend {t.backend!r}")
+        floats = [p for p in t.precisions if p != "int8"]
+        if here and usable and not set(floats) & set(here.precisions):
+            usable, reason = False, f"{t.backend} has no {' or '.join(floats)} on this CPU"
         told.append({**t.model_dump(mode="json"), "available": usable, "reason": reason})
     return told
 

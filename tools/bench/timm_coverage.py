@@ -81,10 +81,10 @@ FAMILIES = {
 
 
 def covered(network: fx.GraphModule, found: MatchResult) -> float:
-    """Share of the convolutions' multiply-accumulates that some region holds."""
+    """Share of the convolutions' multiply-accumulates that lie in the smallest regions."""
     shapes = shapes_of(network, example_inputs(network.meta["info"], 2))
     convs = {n.name for n in network.graph.nodes if isinstance(leaf_of(network, n), Conv)}
-    inside = convs & {n for r in found.regions for n in r.nodes}
+    inside = convs & {n for r in found.regions if len(r.atoms) == 1 for n in r.nodes}
     whole = count_macs(network, shapes, convs)
     return count_macs(network, shapes, inside) / whole if whole else math.nan
 
@@ -93,7 +93,7 @@ def replaceable(found: MatchResult) -> tuple[Region, Any] | None:
     """The largest region that a candidate from scratch fits, and one that does."""
     for region in sorted(found.regions, key=lambda r: -r.macs):
         if len(region.atoms) == 1:
-            specs = [s for s in propose(Signature.of(region)) if s.family in ("cb_stack", "efn", "conv_cs")]
+            specs = [s for s in propose(Signature.of(region)) if s.family in ("cb_stack", "efn", "conv_cs", "mixer")]
             if specs:
                 return region, specs[0]
     return None
