@@ -47,8 +47,11 @@ def make_config(model: str | os.PathLike[str], **options: Any) -> CompileConfig:
     """
     path = Path(model)
     given = {k: v for k, v in options.items() if v is not None}
-    if isinstance(given.get("input_shape"), (str, list, tuple)):
-        given["input_shape"] = parse_shapes(given["input_shape"])
+    shape = given.get("input_shape")
+    if isinstance(shape, (tuple, list)) and shape and all(isinstance(d, int) for d in shape):
+        given["input_shape"] = {"": tuple(shape)}
+    elif isinstance(shape, (str, tuple, list)):
+        given["input_shape"] = parse_shapes(shape)
     if "budget" in given and "max_drop" in given:
         raise UsageError("--budget and --max-drop exclude each other", hint="give one of them")
     parse: dict[str, Callable[[str], object]] = {

@@ -27,6 +27,7 @@ from hantc.passes.engine import Judge, output_kind
 from hantc.passes.state import Context, State
 
 _CLEARLY = 0.97  # of the robust ranges' divergence
+_VERSION = 1
 _SHARE = 0.03  # of the run's time limit
 _WAYS: Sequence[Calibration] = get_args(Calibration)
 
@@ -104,7 +105,8 @@ def _divergences(
 def _key(state: State, ctx: Context, data: Dataset, robust: ModelProto) -> str:
     """Of the choice for a student, told by its file with robust ranges."""
     file = hashlib.sha256(robust.SerializeToString(deterministic=True)).hexdigest()
-    by = {"backend": ctx.backend.name, "device": ctx.device_key, "images": ctx.effort.score_images}
+    by = {"version": _VERSION, "backend": ctx.backend.name, "device": ctx.device_key}
+    by |= {"images": ctx.effort.score_images, "limit": ctx.clock.limit_s}  # a longer run may try more
     return digest({**by, "file": file, "teacher": state.model_hash, "data": data.training_stamp})
 
 

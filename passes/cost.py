@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from onnx import ModelProto
 
-from hantc.core.errors import HantcError
+from hantc.core.errors import HantcError, UsageError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Bar
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
@@ -70,7 +70,7 @@ class Cost:
         shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
         mixed = len(ctx.precisions) > 1
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
-        apart = measure_glue(meter, state, rows[0]) if rows else None
+        apart = measure_glue(meter, state, rows) if rows else None
         glue, scale = balance(state.match.regions, rows, teacher_ms, apart)
         paces = [round(p, 3) for p in meter.pace]
         facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "scale": scale, "pace": paces}
@@ -92,6 +92,10 @@ class Cost:
         skipped = tuple((p.region, p.spec.name, f"not in {path}") for p in missing)
         wanted = {(p.region, p.spec.name) for p in proposals} | {(r.name, "teacher") for r in state.match.regions}
         rows = tuple(r for r in lut.table.rows if r.precision in ctx.precisions and (r.region, r.candidate) in wanted)
+        if not any(r.precision == ctx.base for r in rows):
+            there = ", ".join(sorted({r.precision for r in lut.table.rows}))
+            hint = "measure one: hantc profile MODEL --lut FILE, for the same --target"
+            raise UsageError(f"{path} is of {there}, and {ctx.base} is asked for", where=f"--lut {path}", hint=hint)
         ctx.reporter.event("cost", rows=len(rows), measured=0, teacher_ms=lut.table.teacher_ms, lut=str(path))
         ctx.note(f"latencies of candidates were read from {path}, not measured")
         costs = replace(lut.table, rows=rows, skipped=())

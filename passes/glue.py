@@ -25,9 +25,26 @@ _LEAST = 0.02  # of the teacher: what the rest costs where parts alone seem to t
 _RATIO = (0.75, 1.33)  # of whole to parts: further apart, something else is wrong than the caches
 
 
-def measure_glue(meter: Meter, state: State, row: CostRow) -> float | None:
+def inner_glue(match: MatchResult, rows: Sequence[CostRow]) -> dict[str, float]:
+    """Milliseconds that the teacher's parts take beyond their blocks, by name, of those that hold more than blocks."""
+    own = {r.region: r.latency_ms for r in rows if untouched(r.candidate, r.precision)}
+    blocks = {r.atoms[0]: r for r in match.regions if len(r.atoms) == 1}
+    found = {}
+    for region in _wholes(match):
+        parts = [own.get(blocks[a].name, 0.0) for a in region.atoms]
+        found[region.name] = max(0.0, own.get(region.name, 0.0) - sum(parts))
+    return found
+
+
+def _wholes(match: MatchResult) -> list[Region]:
+    blocks = {r.atoms[0]: r for r in match.regions if len(r.atoms) == 1}
+    joined = [r for r in match.regions if len(r.atoms) > 1]
+    return [r for r in joined if len(r.nodes) > sum(len(blocks[a].nodes) for a in r.atoms)]
+
+
+def measure_glue(meter: Meter, state: State, rows: Sequence[CostRow]) -> float | None:
     """Milliseconds of all gaps and of starting a run; None where regions are not one row, each fed by the one before
-    it. `row`: any of the table's, for the settings."""
+    it. `rows`: the table's so far."""
     assert state.network is not None and state.match is not None
     network, info = state.network, state.network.meta["info"]
     if len(info.inputs) != 1 or len(info.outputs) != 1:
@@ -43,14 +60,14 @@ def measure_glue(meter: Meter, state: State, row: CostRow) -> float | None:
         except HantcError:  # something else feeds it: not a row
             return None
         key = meter.key(glue=digest(model.SerializeToString().hex()))
-        blank = replace(row, region=_NAME, candidate=f"{entry}:{exit_}", precision=meter.ctx.base)
+        blank = replace(rows[0], region=_NAME, candidate=f"{entry}:{exit_}", precision=meter.ctx.base)
         work.append(Work(key, blank, model, a[1:] == b[1:], a[1:], b[1:]))
     first = shapes[next(n.name for n in network.graph.nodes if n.op == "placeholder")]
     start = meter.network(handed_through(first[1:]))[0].median_ms
     gaps = meter.rows(work)
     if any(not g.samples and meter.ctx.capabilities.measures for g in gaps):
         return None  # the engine does not take one of them alone
-    return start + sum(g.latency_ms for g in gaps)
+    return start + sum(g.latency_ms for g in gaps) + sum(inner_glue(state.match, rows).values())
 
 
 def _gaps(state: State, match: MatchResult) -> list[tuple[str, str]]:
@@ -58,7 +75,9 @@ def _gaps(state: State, match: MatchResult) -> list[tuple[str, str]]:
     nodes = list(state.network.graph.nodes)
     at = next(n.name for n in nodes if n.op == "placeholder")
     gaps = []
-    for region in (r for r in match.regions if len(r.atoms) == 1):
+    holder = {a: r for r in _wholes(match) for a in r.atoms}
+    line = [holder.get(r.atoms[0], r) for r in match.regions if len(r.atoms) == 1]
+    for region in {r.name: r for r in line}.values():
         gaps.append((at, region.input))
         at = region.output
     gaps.append((at, nodes[-1].all_input_nodes[0].name))

@@ -77,8 +77,11 @@ def _summed(state: State, option: str, what: str, cap: Cap, figure: str) -> Allo
     else:
         shapes = shapes_of(state.network, example_inputs(state.network.meta["info"], 1))
         teacher = count_macs(state.network, shapes)
-    uses = {(r.region, r.candidate): float(getattr(r, figure)) for r in state.costs.rows}
-    inside = sum(getattr(r, figure) for r in state.match.regions if len(r.atoms) == 1)
+    blocks = {r.atoms[0]: getattr(r, figure) for r in state.match.regions if len(r.atoms) == 1}
+    # what a part holds beside its blocks is counted outside all regions
+    beyond = {r.name: getattr(r, figure) - sum(blocks[a] for a in r.atoms) for r in state.match.regions}
+    uses = {(r.region, r.candidate): max(0.0, getattr(r, figure) - beyond[r.region]) for r in state.costs.rows}
+    inside = sum(blocks.values())
     return Allowance(option, what, teacher, cap.of(teacher), max(0.0, teacher - inside), uses, adds_up=True)
 
 

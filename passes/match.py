@@ -46,7 +46,9 @@ class Matcher:
         max_span: int | None = None,
         named: Sequence[str] = (),
         patterns: Sequence[Pattern] = (),
+        nested: bool = True,
     ) -> None:
+        self.nested = nested
         self.module, self.max_span, self.named, self.patterns = module, max_span, named, patterns
         self.shapes = shapes_of(module, example_inputs(module.meta["info"], _BATCH))
         self.order = {n.name: i for i, n in enumerate(module.graph.nodes)}
@@ -64,6 +66,8 @@ class Matcher:
         """The blocks within a block that is too large for one operation to stand in for, or that leads to several
         outputs; none of others."""
         last = es[-1].exit == SINK
+        if not self.nested:
+            return []
         if not last and (kind in _WHOLE or self._convs(es) <= _LARGE):
             return []
         found: list[tuple[str, list[Element]]] = []
@@ -71,9 +75,24 @@ class Matcher:
             for line in inner_lines(self.module, e, self.shapes) if not e.simple else []:
                 for inner, part in self.group(line, seen_conv=True):
                     found += self.inside(inner, part) or [(inner, part)]
-        if not last and sum(self._convs(part) > 1 for k, part in found if k) < 2:
-            return []
-        return [(k, part) for k, part in found if k]
+        judged = self._judged()  # nothing would tell what a change does to the other outputs
+        kept = [(k, part) for k, part in found if k and part[-1].exit in judged and self._fits(k, part)]
+        return kept if last or sum(self._convs(part) > 1 for _, part in kept) > 1 else []
+
+    def _fits(self, kind: str, es: list[Element]) -> bool:
+        return isinstance(self.region(kind, es, "", ()), Region)
+
+    def _judged(self) -> set[str]:
+        """What the first output depends on."""
+        last = next(n for n in self.module.graph.nodes if n.op == "output")
+        seen: set[str] = set()
+        stack = last.all_input_nodes[:1]
+        while stack:
+            node = stack.pop()
+            if node.name not in seen:
+                seen.add(node.name)
+                stack += node.all_input_nodes
+        return seen
 
     def _convs(self, es: list[Element]) -> int:
         return sum(isinstance(m, Conv) for e in es for m in self.leaves(e.nodes))
@@ -228,7 +247,7 @@ class Matcher:
     def _why_not(self, es: list[Element]) -> str:
         leaves = self.leaves([n for e in es for n in e.nodes])
         if es[-1].exit == SINK:
-            return "feeds the graph's outputs by several paths, so it has no single exit"
+            return "feeds the graph's outputs by several paths, so it has no single exit (the first output is judged)"
         if any(isinstance(m, Linear) for m in leaves):
             return "matrix product outside a block (head): no candidate family for it"
         return "no convolution or matrix product: nothing to gain"
@@ -276,14 +295,15 @@ class Matcher:
                     raise UsageError(f"cannot be a region: {made}", where=f"--region ...:{es[-1].exit}")
                 else:
                     self._reject(part, made)
-            if inner and not kind:
+            if not inner:
+                continue
+            whole = self.region(kind, es, f"r{begin:02d}_r{len(atoms) - 1:02d}_whole", tuple(range(begin, len(atoms))))
+            if kind and isinstance(whole, Region):
+                wholes.append(whole)
+            else:
                 taken = {n for _, part in inner for e in part for n in e.nodes}
                 rest = tuple(n for e in es for n in e.nodes if n not in taken)
                 self._reject([Element(es[0].entry, SINK, rest)], self._why_not(es))
-            if len(atoms) > begin + 1 and inner and kind:
-                name = f"{atoms[begin][0].name}_{atoms[-1][0].name}_whole"
-                whole = self.region(kind, es, name, tuple(range(begin, len(atoms))))
-                wholes += [whole] if isinstance(whole, Region) else []
         joined = (
             self._dense_blocks(atoms) + self._spans(atoms, self.max_span or (2 if len(atoms) > _DEEP else 3)) + wholes
         )
@@ -301,11 +321,15 @@ class Matcher:
         made = self.region(kind, es, name, tuple(i for r, _ in run for i in r.atoms))
         return None if isinstance(made, str) else made
 
+    def _adjacent(self, a: Region, b: Region) -> bool:
+        """Whether `b` alone reads what `a` gives."""
+        return a.output == b.input and {u.name for u in self.nodes[a.output].users} <= set(b.nodes)
+
     def _dense_blocks(self, atoms: list[tuple[Region, list[Element]]]) -> list[Region]:
         found: list[Region | None] = []
         run: list[tuple[Region, list[Element]]] = []
         for item in [*atoms, None]:
-            if item is not None and item[0].kind == "dense_layer" and (not run or run[-1][0].output == item[0].input):
+            if item is not None and item[0].kind == "dense_layer" and (not run or self._adjacent(run[-1][0], item[0])):
                 run.append(item)
                 continue
             if len(run) > 1:
@@ -320,7 +344,7 @@ class Matcher:
             for i in range(len(atoms) - length + 1):
                 run = atoms[i : i + length]
                 regions = [r for r, _ in run]
-                adjacent = all(a.output == b.input for a, b in itertools.pairwise(regions))
+                adjacent = all(self._adjacent(a, b) for a, b in itertools.pairwise(regions))
                 if not adjacent or any(r.kind not in spannable or r.output in self.asked for r in regions):
                     continue
                 spatial = len(regions[0].in_shape) == 3 and len(regions[-1].out_shape) == 3
@@ -346,12 +370,13 @@ def match_regions(
     max_span: int | None = None,
     named: Sequence[str] = (),
     patterns: Sequence[Pattern] = (),
+    nested: bool = True,
 ) -> MatchResult:
     """Regions of a graph module of leaves (DESIGN §5); spans join up to `max_span` neighbouring blocks (by
     default three, in deep networks two: their pairs alone double the candidates). `named`: regions that are wanted
     just so, as "FROM:TO" (see `asked_for`, which also raises UsageError); `patterns`: where they fit, and nothing of
-    `named` is in the way, is a region."""
-    return Matcher(module, max_span=max_span, named=named, patterns=patterns).match()
+    `named` is in the way, is a region. Without `nested` parts with several paths are not looked into."""
+    return Matcher(module, max_span=max_span, named=named, patterns=patterns, nested=nested).match()
 
 
 class Match:
@@ -364,6 +389,8 @@ class Match:
     def call(self, state: State, ctx: Context) -> State:
         """Find the regions of the normalized network."""
         assert state.network is not None
-        found = match_regions(state.network, named=ctx.config.region, patterns=installed())
+        # beside a block in one of several paths more is alive than it knows of
+        nested = ctx.config.budget_memory is None
+        found = match_regions(state.network, named=ctx.config.region, patterns=installed(), nested=nested)
         ctx.reporter.event("match", regions=len(found.regions), atoms=found.n_atoms, rejected=len(found.rejections))
         return replace(state, match=found)

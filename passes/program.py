@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
+from hantc.passes.glue import inner_glue
 from hantc.passes.limits import Allowance
 from hantc.passes.state import State
 from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
@@ -20,6 +21,7 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
     costs, match = state.costs.by_key(), state.match
     sums, peaks = [b for b in bounds if b.adds_up], [b for b in bounds if not b.adds_up]
     items = []
+    beyond = inner_glue(match, state.costs.rows)  # it is in the glue of the whole already
     for row in state.scores:
         cost = costs.get((row.region, row.candidate, row.precision))
         if cost is None or row.dropped or cost.latency_ms >= _UNUSABLE_MS:
@@ -30,6 +32,7 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
         score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
         ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
+        ms = max(0.0, ms - state.costs.scale * beyond.get(row.region, 0.0))
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
         items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)

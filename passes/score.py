@@ -19,7 +19,7 @@ from hantc.core.types import CostRow, Region, ScoreRow, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
-from hantc.dialect.graph import subgraph, with_taps
+from hantc.dialect.graph import read_beside, subgraph, with_taps
 from hantc.passes.distill import weights_key
 from hantc.passes.engine import (
     OutputKind,
@@ -157,12 +157,14 @@ class Score:
         blended: bool,
     ) -> Tensor:
         """Score every entry on one batch; the teacher's own hits."""
-        taps = sorted({e.region.input for e in entries} | {e.region.output for e in entries})
+        names = [a.name for a in next(n for n in network.graph.nodes if n.op == "output").all_input_nodes]
+        ends = {e.region.output for e in entries}
+        beside = {end: read_beside(network, end, names[0]) for end in ends}
+        rests = {end: subgraph(network, [end, *beside[end]], names[:1]) for end in ends}
+        taps = sorted({e.region.input for e in entries} | ends | {n for some in beside.values() for n in some})
         outputs, values = with_taps(network, taps)(x)
         tapped = dict(zip(taps, values, strict=True))
         t = first_output(outputs)
-        names = [a.name for a in next(n for n in network.graph.nodes if n.op == "output").all_input_nodes]
-        rests: dict[str, fx.GraphModule] = {}
         for e in entries:
             source, target = tapped[e.region.input], tapped[e.region.output]
             if first and e.precision == "int8":
@@ -170,9 +172,8 @@ class Score:
                     e.module(source)
             made = e.module(source)
             e.mse.append(float(relative_mse(made, target)))
-            if e.region.output not in rests:
-                rests[e.region.output] = subgraph(network, [e.region.output], names[:1])
-            s = first_output(rests[e.region.output](made))
+            end = e.region.output
+            s = first_output(rests[end](made, *(tapped[n] for n in beside[end])))
             e.losses.append(divergence(kind, s, t))
             e.hits.append(s.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0))
             if not blended:

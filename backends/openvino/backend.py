@@ -12,7 +12,7 @@ import onnx
 
 from hantc.backends.device import cpu_capabilities
 from hantc.backends.feeds import input_dims, timing_feeds
-from hantc.backends.openvino.trial import crashes, doubtful
+from hantc.backends.openvino.trial import doubtful, flaw
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Feeds
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.timing import measure_artefacts
@@ -43,8 +43,8 @@ class _Handle:
         """The compiled form for the shapes of `feeds`: fixed shapes run faster than dynamic ones."""
         shapes = tuple((name, tuple(np.shape(a))) for name, a in sorted(feeds.items()))
         if shapes not in self.requests:
-            if self.doubtful and not self.requests and crashes(self.data, shapes, options(self.threads, self.floats)):
-                raise ModelError("OpenVINO does not take the model: it crashes on it")
+            if self.doubtful and (wrong := flaw(self.data, shapes, options(self.threads, self.floats))):
+                raise ModelError(f"OpenVINO does not take the model: {wrong}")
             self.requests[shapes] = _compile(self.data, shapes, self.threads, self.floats)
         return self.requests[shapes]
 

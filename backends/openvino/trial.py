@@ -7,6 +7,7 @@ exception to catch. A file of that kind is compiled elsewhere first.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,14 +35,15 @@ def doubtful(model: onnx.ModelProto) -> bool:
     return {"Concat", "DequantizeLinear"} <= ops
 
 
-def crashes(data: bytes, shapes: Sequence[tuple[str, tuple[int, ...]]], options: Mapping[str, Any]) -> bool:
-    """Whether compiling `data` ends the process, or does not come to an end. Errors that it reports are none."""
+def flaw(data: bytes, shapes: Sequence[tuple[str, tuple[int, ...]]], options: Mapping[str, Any]) -> str:
+    """What is wrong if compiling `data` ends the process, or does not come to an end; else "". Errors that it reports
+    are none."""
     with tempfile.TemporaryDirectory(prefix="hantc-openvino-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(data)
-        argv = [sys.executable, "-c", _PROGRAM, str(path), json.dumps(list(shapes)), json.dumps(dict(options))]
+        argv = [sys.executable, "-P", "-c", _PROGRAM, str(path), json.dumps(list(shapes)), json.dumps(dict(options))]
         try:
             done = subprocess.run(argv, capture_output=True, timeout=_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            return True
-        return done.returncode < 0  # by a signal
+            return f"it is still compiling after {_TIMEOUT_S:g} s"
+    return f"it crashes on it ({signal.Signals(-done.returncode).name})" if done.returncode < 0 else ""

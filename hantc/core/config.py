@@ -101,6 +101,8 @@ def parse_shapes(texts: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
         if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", dims.strip().lower()):
             hint = "write channels x height x width: 3x224x224"
             raise UsageError(f"{text!r} is not a shape", where="--input-shape", hint=hint)
+        if name.strip() in found:
+            raise UsageError("an input has two shapes", where="--input-shape", hint="give one for each")
         found[name.strip()] = tuple(map(int, dims.strip().lower().split("x")))
     return found
 

@@ -111,6 +111,24 @@ def subgraph(
     return fx.GraphModule(module, graph)
 
 
+def read_beside(module: fx.GraphModule, name: str, output: str) -> list[str]:
+    """The other values, in order, that the nodes between `name` and `output` read: none where `name` cuts the graph.
+    What follows from constants alone is not among them."""
+    behind, fed, towards = {name}, set[str](), {output}
+    for node in module.graph.nodes:
+        sources = {a.name for a in node.all_input_nodes}
+        if node.op == "placeholder" or sources & fed:
+            fed.add(node.name)
+        if sources & behind:
+            behind.add(node.name)
+    for node in reversed(module.graph.nodes):
+        if node.name in towards:
+            towards |= {a.name for a in node.all_input_nodes}
+    inner = (behind & towards) - {name}
+    read = {a.name for n in module.graph.nodes if n.name in inner for a in n.all_input_nodes}
+    return [n.name for n in module.graph.nodes if n.name in (read & fed) - inner - {name}]
+
+
 def with_taps(module: fx.GraphModule, taps: Sequence[str], *, output: bool = True) -> fx.GraphModule:
     """The same graph returning (output, [values of nodes `taps`]), sharing the modules. Without `output`, None in its
     place, and what lies behind the last tap is not computed."""

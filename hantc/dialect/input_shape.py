@@ -24,13 +24,15 @@ def fix_inputs(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelP
         made.CopyFrom(model)
         model, inputs = made, _inputs(made)
         given = {_named(name, inputs): tuple(dims) for name, dims in shapes.items()}
+        if len(given) < len(shapes):
+            raise UsageError("an input has two shapes", where=OPTION, hint="give one for each")
         for name, dims in given.items():
             _fix(inputs[name], dims)
         del model.graph.value_info[:]  # of open sizes
     for name, value in inputs.items():
         dims = value.type.tensor_type.shape.dim
-        if any(not d.HasField("dim_value") for d in list(dims)[1:]):
-            known = "x".join(str(d.dim_value) if d.HasField("dim_value") else "224" for d in list(dims)[1:])
+        if any(map(_open, list(dims)[1:])):
+            known = "x".join("224" if _open(d) else str(d.dim_value) for d in list(dims)[1:])
             raise UsageError(
                 f"the size of the input {name!r} is open: {_show(value)}",
                 where=OPTION,
@@ -57,9 +59,7 @@ def _named(name: str, inputs: Mapping[str, onnx.ValueInfoProto]) -> str:
 def _fix(value: onnx.ValueInfoProto, dims: Sequence[int]) -> None:
     """Set the sizes behind the batch, in place."""
     own = list(value.type.tensor_type.shape.dim)[1:]
-    fits = len(own) == len(dims) and all(
-        not d.HasField("dim_value") or d.dim_value == n for d, n in zip(own, dims, strict=True)
-    )
+    fits = len(own) == len(dims) and all(_open(d) or d.dim_value == n for d, n in zip(own, dims, strict=True))
     if not fits:
         text = "x".join(map(str, dims))
         raise UsageError(
@@ -71,6 +71,11 @@ def _fix(value: onnx.ValueInfoProto, dims: Sequence[int]) -> None:
         d.dim_value = n
 
 
+def _open(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    """Without a size; some exporters write 0 or -1."""
+    return not dim.HasField("dim_value") or dim.dim_value <= 0
+
+
 def _show(value: onnx.ValueInfoProto) -> str:
     dims = value.type.tensor_type.shape.dim
-    return " x ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
+    return " x ".join((d.dim_param or "?") if _open(d) else str(d.dim_value) for d in dims)

@@ -134,11 +134,11 @@ def structure(module: fx.GraphModule) -> str:
 
 def editable(module: fx.GraphModule) -> fx.GraphModule:
     """A deep copy without the whole network's other modules."""
-    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    made, memo = fx.GraphModule(module, copy.deepcopy(module.graph)), dict[int, Any]()  # what is shared stays so
     for kind, target in dict.fromkeys((n.op, str(n.target)) for n in made.graph.nodes):
         owner, _, name = target.rpartition(".")
         if kind in ("call_module", "get_attr"):
-            setattr(made.get_submodule(owner), name, copy.deepcopy(getattr(made.get_submodule(owner), name)))
+            setattr(made.get_submodule(owner), name, copy.deepcopy(getattr(made.get_submodule(owner), name), memo))
     made.meta.update(module.meta)
     return made
 

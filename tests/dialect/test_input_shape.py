@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -12,6 +13,7 @@ from hantc.core.config import parse_shapes
 from hantc.core.errors import UsageError
 from hantc.dialect.importer import import_model
 from hantc.dialect.input_shape import fix_inputs
+from hantc.inputs import make_config
 
 
 def model(*inputs: tuple[str, list[Any]]) -> onnx.ModelProto:
@@ -43,6 +45,27 @@ def test_sizes_are_fixed_and_the_batch_stays_open(open_: list[Any]) -> None:
     assert dims(made)[1:] == [3, 20, 24] and not made.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
     assert not made.graph.value_info and before.SerializeToString() == kept
     assert import_model(made).meta["info"].inputs[0].shape[1:] == (3, 20, 24)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_of_nothing_are_open(size: int) -> None:
+    made = model(("x", ["N", 3, size, size]))
+    with pytest.raises(UsageError, match=r"is open: N x 3 x \? x \?"):
+        fix_inputs(made, {})
+    assert dims(fix_inputs(made, {"": (3, 8, 8)})) == ["N", 3, 8, 8]
+
+
+def test_one_input_has_one_shape() -> None:
+    with pytest.raises(UsageError, match="two shapes"):
+        fix_inputs(model(("x", ["N", 3, "h", "w"])), {"": (3, 8, 8), "x": (3, 8, 8)})
+    with pytest.raises(UsageError, match="two shapes"):
+        parse_shapes(["3x8x8", "3x4x4"])
+
+
+def test_the_api_takes_numbers(tmp_path: Path) -> None:
+    given = {"out": tmp_path / "out", "store": tmp_path / "store"}
+    for shape in ((3, 24, 24), "3x24x24", ["3x24x24"], {"": (3, 24, 24)}):
+        assert make_config("m.onnx", input_shape=shape, **given).input_shape == {"": (3, 24, 24)}
 
 
 def test_fixed_models_need_nothing() -> None:

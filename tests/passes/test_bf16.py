@@ -133,6 +133,15 @@ def test_the_peak_is_that_of_bf16(lab: Lab) -> None:
     assert peaks["bf16"] == pytest.approx(FAST * peaks["fp32"], rel=0.05)
 
 
+def test_a_table_of_other_floats_is_refused(lab: Lab, costed: State, tmp_path: Path) -> None:
+    assert costed.costs is not None
+    path, ctx = tmp_path / "t.json", bf16(lab, lut=tmp_path / "t.json")
+    write_lut(path, replace(costed.costs, fp32_ms=None), ctx.capabilities.device)
+    assert Cost().call(replace(costed, costs=None), ctx).costs is not None
+    with pytest.raises(UsageError, match="is of bf16, int8, and fp32 is asked for"):
+        Cost().call(replace(costed, costs=None), replace(ctx, precisions=("fp32", "int8")))
+
+
 def test_a_table_keeps_the_fp32_teacher(costed: State, tmp_path: Path) -> None:
     assert costed.costs is not None
     path = tmp_path / "t.json"

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from hantc.core.config import Cap
 from hantc.core.types import MatchResult, Region
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Add
+from hantc.dialect.emitter import emit
+from hantc.dialect.graph import standalone_info
 from hantc.dialect.importer import import_model
 from hantc.dialect.shape import Concat
+from hantc.passes.cost import Cost
+from hantc.passes.engine import divergence, output_kind
+from hantc.passes.glue import inner_glue
+from hantc.passes.limits import allowances
 from hantc.passes.match import match_regions
-from hantc.passes.plug import replace_regions, teacher_part
-from tests.passes.test_match import Pen, by_kind, head, relu, residual, stem
+from hantc.passes.plug import compose, replace_regions, teacher_part
+from hantc.passes.program import make_problem
+from hantc.passes.score import Score, _Entry
+from tests.passes.conftest import CLASSES, SIZE
+from tests.passes.test_match import Pen, by_kind, closed, head, relu, residual, stem
 
 if TYPE_CHECKING:
-    from tests.passes.conftest import Sketch
+    from hantc.passes.state import State
+    from tests.passes.conftest import Lab, Sketch
 
 
 def stage(s: Sketch, source: str, tag: str, blocks: int = 4) -> str:
@@ -42,6 +55,7 @@ def test_blocks_of_a_large_part_are_regions_and_so_is_the_part(sketch: Pen) -> N
     end = stage(s, stem(s), "s", blocks=6)
     module = s.done(head(s, end, 8))
     found = match_regions(module)
+    closed(module, found)
     kinds = [k for _, k in by_kind(found)]
     assert kinds.count("residual") == 6 and kinds[0] == "stem"
     atoms = [r for r in found.regions if len(r.atoms) == 1]
@@ -121,3 +135,91 @@ def test_candidates_stand_in_for_blocks_inside(sketch: Pen) -> None:
     for chosen in (atoms, atoms[::2], [whole_of(found), atoms[0]]):
         made = replace_regions(module, [(r, teacher_part(module, r)) for r in chosen])
         assert torch.allclose(made(x), want, atol=1e-5)
+
+
+def test_a_value_that_others_read_ends_a_span(sketch: Pen) -> None:
+    s = sketch(3, 8, 8)
+    at = s.chain(stem(s), a=Conv(8, 8, 3), ar=relu(), b=Conv(8, 8, 3), br=relu())
+    one = residual(s, at, "c", 8, 8)
+    for i in range(12):
+        one = residual(s, one, f"d{i}", 8, 8)
+    s.add("cat", Concat(1), one, s.add("side", Conv(8, 8), at))
+    module = s.done(head(s, "cat", 16))
+    found = match_regions(module)
+    closed(module, found)
+    ends = {(r.input, r.output) for r in found.regions if r.kind == "span"}
+    assert ("cact", "d1act") in ends and not [e for e in ends if e[0] in ("ar", "stem_act") and e[1] == "cact"]
+
+
+def test_what_the_first_output_does_not_depend_on_is_left_alone(sketch: Pen) -> None:
+    s = sketch(3, 8, 8)
+    at = stem(s)
+    first, second = residual(s, at, "a", 8, 8), residual(s, at, "b", 8, 8)
+    found = match_regions(s.done(first, second))
+    assert [r.output for r in found.regions] == ["stem_act", "aact"]
+    assert any("bact" in r.nodes and "first output" in r.reason for r in found.rejections)
+
+
+def test_without_nesting_a_part_is_one_region(sketch: Pen) -> None:
+    s = sketch(3, 8, 8)
+    module = s.done(head(s, stage(s, stem(s), "s", blocks=6), 8))
+    assert {r.output for r in match_regions(module, nested=False).regions if len(r.atoms) == 1} == {
+        "stem_act",
+        "scat",
+        "sjr",
+    }
+
+
+def staged(lab: Lab, sketch: Pen) -> State:
+    """A network with blocks inside a part, matched; its input and classes are the lab's."""
+    s = sketch(3, SIZE, SIZE)
+    torch.manual_seed(0)
+    module = s.done(head(s, stage(s, stem(s), "s", blocks=6), 8))
+    module.meta["info"] = standalone_info((3, SIZE, SIZE), (CLASSES,))
+    return replace(lab.begin(), network=module, match=match_regions(module), model=emit(module).model)
+
+
+def test_a_block_inside_is_scored_as_in_the_network(lab: Lab, sketch: Pen) -> None:
+    state = staged(lab, sketch)
+    network, match = state.network, state.match
+    assert network is not None and match is not None
+    x, y = lab.labelled.val.batch(list(range(8)))
+    kind = output_kind(network, x[:2], CLASSES)
+    entries, wanted = [], []
+    for region in match.regions:
+        part = teacher_part(network, region)
+        with torch.no_grad():
+            for p in part.parameters():
+                p.mul_(1.1)
+            entries.append(_Entry(region, "c", "fp32", part, "", [], [], [], []))
+            wanted.append(divergence(kind, compose(network, [(region, part)])(x), network(x)))
+    with torch.no_grad():
+        Score._batch(network, kind, entries, x, y, first=True, blended=False)
+    for e, want in zip(entries, wanted, strict=True):
+        assert torch.allclose(e.losses[0], want, atol=1e-6), e.region.name
+    assert max(float(w.max()) for w in wanted) > 1e-6
+
+
+def test_a_whole_does_not_pay_for_what_lies_between_its_blocks_twice(lab: Lab, sketch: Pen) -> None:
+    ctx = lab.fresh()
+    state = Cost().call(replace(staged(lab, sketch), proposals=()), ctx)
+    match, costs = state.match, state.costs
+    assert match is not None and costs is not None
+    whole = whole_of(match)
+    beyond = inner_glue(match, costs.rows)
+    assert set(beyond) == {whole.name} and 0 <= beyond[whole.name] < 0.1 * costs.teacher_ms
+    blocks = [r for r in match.regions if len(r.atoms) == 1]
+    total = sum(costs.by_key()[r.name, "teacher", "fp32"].latency_ms for r in blocks)
+    assert costs.scale * total + costs.glue_ms == pytest.approx(costs.teacher_ms)
+    state = Score().call(replace(state, weights={}), ctx)
+    problem = make_problem(state, 1e9)
+    own = {i.region: i.cost for i in problem.items if i.candidate == "teacher" and i.precision == "fp32"}
+    inside = [r.name for r in blocks if r.atoms[0] in whole.atoms]
+    assert own[whole.name] == pytest.approx(sum(own[n] for n in inside), rel=0.02)
+    bounds = allowances(
+        replace(state, costs=costs), replace(ctx, config=ctx.config.model_copy(update={"budget_macs": Cap(1.0)}))
+    )
+    (macs,) = bounds
+    rest = [r.name for r in blocks if r.name not in inside]
+    for cover in ([*inside, *rest], [whole.name, *rest]):
+        assert macs.fixed + sum(macs.uses[n, "teacher"] for n in cover) == pytest.approx(macs.teacher)

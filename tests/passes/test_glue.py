@@ -49,7 +49,7 @@ def test_a_network_without_regions_is_all_glue() -> None:
 
 def test_the_toys_glue_is_its_head(lab: Lab) -> None:
     """Pool, flatten and a 32 → 4 product, on a machine that counts products: two operations each."""
-    found = measure_glue(Meter(lab.fresh()), lab.costed, any_row(lab.costed))
+    found = measure_glue(Meter(lab.fresh()), lab.costed, [any_row(lab.costed)])
     assert found is not None
     assert 2 * 32 * CLASSES / 1e6 <= found <= 2 * 32 * CLASSES / 1e6 + 0.01
 
@@ -57,9 +57,9 @@ def test_the_toys_glue_is_its_head(lab: Lab) -> None:
 def test_it_is_measured_once(lab: Lab) -> None:
     ctx = lab.fresh(backend=lab.ort)
     first = Meter(ctx)
-    found = measure_glue(first, lab.costed, any_row(lab.costed))
+    found = measure_glue(first, lab.costed, [any_row(lab.costed)])
     again = Meter(lab.fresh(backend=lab.ort, store=ctx.store))
-    assert measure_glue(again, lab.costed, any_row(lab.costed)) == found
+    assert measure_glue(again, lab.costed, [any_row(lab.costed)]) == found
     assert first.measured == 1 and again.measured == 0
 
 
@@ -68,7 +68,7 @@ def test_a_gap_between_regions_is_glue_too(lab: Lab) -> None:
     assert match is not None
     fewer = MatchResult(tuple(r for r in match.regions if 2 not in r.atoms), (), match.n_atoms)
     meter = Meter(lab.fresh())
-    whole, more = (measure_glue(meter, replace(lab.costed, match=m), any_row(lab.costed)) for m in (match, fewer))
+    whole, more = (measure_glue(meter, replace(lab.costed, match=m), [any_row(lab.costed)]) for m in (match, fewer))
     assert whole is not None and more is not None
     assert more - whole == pytest.approx(2 * match.region("r02").macs / 1e6, rel=0.1)
 
@@ -78,4 +78,4 @@ def test_regions_that_are_not_one_row_have_none(lab: Lab) -> None:
     match = lab.costed.match
     assert match is not None
     turned = MatchResult(tuple(reversed(match.regions)), (), match.n_atoms)
-    assert measure_glue(Meter(lab.fresh()), replace(lab.costed, match=turned), any_row(lab.costed)) is None
+    assert measure_glue(Meter(lab.fresh()), replace(lab.costed, match=turned), [any_row(lab.costed)]) is None
