@@ -174,7 +174,7 @@ class Tuner:
                 bar.advance(max(0.0, box.progress - done))
                 done = max(done, box.progress)
                 # by progress: where steps end the training, a busy machine must not decide which states are looked at
-                if not more or box.progress - checked > max(_CHECK_SHARE * spent / seconds, 1 / _CHECKS):
+                if not more or box.progress - checked > max(_CHECK_SHARE * spent / box.seconds, 1 / _CHECKS):
                     best, spent = self._check(best, average, history, box)
                     checked = box.progress
                     _observe(self.view, self.data)

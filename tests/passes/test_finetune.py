@@ -181,3 +181,20 @@ def test_trials_end_when_evaluating_takes_too_long(lab: Lab, monkeypatch: pytest
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     assert tuner.choose_rate(100.0, 300) == tuning.RATES[2]
     assert tried == [tuning.RATES[2]]
+
+
+def test_a_run_whose_time_is_up_takes_one_step(lab: Lab) -> None:
+    ctx, state = lab.fresh(), lab.rewritten()
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    history = tuner.train(0.0, 100, Checkpoint(ctx.store, "abcd"))
+    assert [h["progress"] for h in history] == [0.0, 1.0] and history[-1]["step"] <= 2
+
+
+def test_states_are_looked_at_by_progress(lab: Lab) -> None:
+    """However long the steps take: the clock decides nothing where steps end the training."""
+    ctx, state = lab.fresh(), lab.rewritten()
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    history = tuner.train(1e6, 32, Checkpoint(ctx.store, "abcd"))
+    assert [h["step"] for h in history] == [0, *range(3, 32, 3), 32]
