@@ -27,8 +27,8 @@ from hantc.passes.elements import SINK, Element, inner_lines, main_line
 from hantc.passes.state import Context, State
 
 _DEEP = 20  # atoms
-_LARGE = 12  # convolutions: what has more is looked into
-_WHOLE = ("", "attention", "dense_layer", "dense_block")  # kinds that are not
+_LARGE = 12  # convolutions, or twice as many products with attention among them: what has more is looked into
+_WHOLE = ("", "dense_layer", "dense_block")  # kinds that are not
 _TAILS = frozenset(  # activations and norms that have no leaf of their own
     {"Gelu", "Mish", "Elu", "Celu", "Selu", "PRelu", "ThresholdedRelu", "Swish",
      "InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "LRN"}
@@ -68,7 +68,8 @@ class Matcher:
         last = es[-1].exit == SINK
         if not self.nested:
             return []
-        if not last and (kind in _WHOLE or self._convs(es) <= _LARGE):
+        size = self._count(es, (Conv, Linear, MatMul)) / 2 if kind == "attention" else self._count(es, (Conv,))
+        if not last and (kind in _WHOLE or size <= _LARGE):
             return []
         found: list[tuple[str, list[Element]]] = []
         for e in es:
@@ -77,7 +78,7 @@ class Matcher:
                     found += self.inside(inner, part) or [(inner, part)]
         judged = self._judged()  # nothing would tell what a change does to the other outputs
         kept = [(k, part) for k, part in found if k and part[-1].exit in judged and self._fits(k, part)]
-        return kept if last or sum(self._convs(part) > 1 for _, part in kept) > 1 else []
+        return kept if last or sum(self._count(part, (Conv, Linear, MatMul)) > 1 for _, part in kept) > 1 else []
 
     def _fits(self, kind: str, es: list[Element]) -> bool:
         return isinstance(self.region(kind, es, "", ()), Region)
@@ -94,8 +95,8 @@ class Matcher:
                 stack += node.all_input_nodes
         return seen
 
-    def _convs(self, es: list[Element]) -> int:
-        return sum(isinstance(m, Conv) for e in es for m in self.leaves(e.nodes))
+    def _count(self, es: list[Element], kinds: tuple[type[nn.Module], ...]) -> int:
+        return sum(isinstance(m, kinds) for e in es for m in self.leaves(e.nodes))
 
     def leaf(self, name: str) -> nn.Module | None:
         return leaf_of(self.module, self.nodes[name]) if name in self.nodes else None  # None: source or sink

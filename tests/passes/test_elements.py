@@ -18,6 +18,7 @@ from hantc.dialect.elementwise import Add
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import standalone_info
 from hantc.dialect.importer import import_model
+from hantc.dialect.linear import Linear
 from hantc.dialect.shape import Concat
 from hantc.passes.cost import Cost
 from hantc.passes.engine import divergence, output_kind
@@ -28,7 +29,7 @@ from hantc.passes.plug import compose, replace_regions, teacher_part
 from hantc.passes.program import make_problem
 from hantc.passes.score import Score, _Entry
 from tests.passes.conftest import CLASSES, SIZE
-from tests.passes.test_match import Pen, by_kind, closed, head, relu, residual, stem
+from tests.passes.test_match import Pen, attention, by_kind, closed, head, relu, residual, stem
 
 if TYPE_CHECKING:
     from hantc.passes.state import State
@@ -72,6 +73,20 @@ def test_blocks_of_a_large_part_are_regions_and_so_is_the_part(sketch: Pen) -> N
     spans = {r.atoms for r in found.regions if r.kind == "span"}
     outputs = {r.atoms[0]: r for r in atoms}
     assert spans and all(outputs[a].output == outputs[b].input for span in spans for a, b in pairwise(span))
+
+
+@pytest.mark.parametrize(("blocks", "inside"), [(3, False), (6, True)])
+def test_attention_beside_something_else_is_looked_into(sketch: Pen, blocks: int, inside: bool) -> None:
+    s = sketch(5, 8)  # tokens as in CaiT: a class token joins the others behind all their blocks
+    start = at = s.add("embed", Linear(8, 8), "x")
+    for i in range(blocks):
+        at = attention(s, at, 8, f"b{i}")
+    s.add("late", Add(), at, s.add("token", Linear(8, 8), start))
+    module = s.done()
+    found = match_regions(module)
+    closed(module, found)
+    attentions = {r.output for r in found.regions if r.kind == "attention" and len(r.atoms) == 1}
+    assert attentions == ({f"b{i}plus" for i in range(blocks)} if inside else {"late"})
 
 
 def test_a_small_part_stays_one_operation(sketch: Pen) -> None:

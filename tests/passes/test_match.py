@@ -213,12 +213,12 @@ def test_a_dense_block_that_concatenates_all_its_layers_at_once_is_one_region(sk
     assert (region.input, region.output, region.atoms) == ("stem_act", "ccat", (1,))
 
 
-def attention(s: Sketch, source: str, dim: int) -> str:
+def attention(s: Sketch, source: str, dim: int, tag: str = "") -> str:
     """Single-head self-attention with a skip connection over (N, tokens, dim)."""
-    q, k, v = (s.add(f"{n}", Linear(dim, dim), source) for n in "qkv")
-    scores = s.add("qk", MatMul(), q, s.add("kt", Transpose((0, 2, 1)), k))
-    mixed = s.add("av", MatMul(), s.add("soft", Softmax(), scores), v)
-    return s.add("plus", Add(), s.add("proj", Linear(dim, dim), mixed), source)
+    q, k, v = (s.add(f"{tag}{n}", Linear(dim, dim), source) for n in "qkv")
+    scores = s.add(f"{tag}qk", MatMul(), q, s.add(f"{tag}kt", Transpose((0, 2, 1)), k))
+    mixed = s.add(f"{tag}av", MatMul(), s.add(f"{tag}soft", Softmax(), scores), v)
+    return s.add(f"{tag}plus", Add(), s.add(f"{tag}proj", Linear(dim, dim), mixed), source)
 
 
 def test_attention(sketch: Pen) -> None:
