@@ -32,7 +32,8 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
         score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
         ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
-        ms = max(0.0, ms - state.costs.scale * beyond.get(row.region, 0.0))
+        if row.region in beyond:
+            ms = max(0.0, ms - state.costs.scale * beyond[row.region])
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
         items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
