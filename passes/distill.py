@@ -51,12 +51,13 @@ class Distill:
         whole = ctx.config.pool == "whole"
         bounds = allowances(state, ctx)
         proposals = state.proposals or ()
+        idle: list[Proposal] = []
         if budget == 1.0 and not bounds and ctx.config.max_drop is None:
             took, wall = state.costs.pace * state.costs.teacher_ms, state.costs.pace * wanted_ms(state.costs, ctx)
             ctx.note(f"the teacher as it is takes {took:.2f} ms of the {wall:.2f} asked for: no candidate was trained")
+            idle = [p for p in proposals if not is_exact(p.spec)]
             proposals = tuple(p for p in proposals if is_exact(p.spec))
         kept, skipped = shortlist(proposals, state.costs, regions, places, budget, bounds, whole=whole)
-        idle = [p for p in state.proposals or () if p not in proposals]
         skipped += [(p.region, p.spec.name, "*", "the teacher meets the budget as it is") for p in idle]
         keyed = [(p, weights_key(state, ctx, p)) for p in kept]
         weights, todo, outdone = self._stored(state, ctx, keyed)
