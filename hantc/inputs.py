@@ -28,7 +28,7 @@ from hantc.data.dataset import Dataset, Split, load_dataset
 from hantc.data.preprocess import Preprocess, load_preprocess
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.floats import unmarked
-from hantc.dialect.importer import load_onnx, model_info
+from hantc.dialect.importer import load_onnx, model_info, only_tensors
 from hantc.dialect.input_shape import fix_inputs
 from hantc.passes.state import Clock, Context, State
 
@@ -98,7 +98,7 @@ def prepare(
     check_folder(config.out, f"--out {config.out}")
     model = model if model is not None else load_onnx(config.model)
     model = unmarked(fix_inputs(model, config.input_shape))
-    info = model_info(model)
+    info = only_tensors(model_info(model))
     _check_model(info, config)
     backend = target.make_backend()
     capabilities = backend.capabilities()

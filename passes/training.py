@@ -38,13 +38,15 @@ from hantc.passes.engine import (
 )
 from hantc.passes.state import Context
 
+_DERIVED_EVERY = 3  # steps from one of a derived candidate's to its next: it starts near its end, others far from it
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 RECIPE = {
-    "version": 10,
+    "version": 11,
     "optimizer": "adam",
     "rate": RATE,
     "loss": "relative_mse",
     "rungs": [asdict(r) for r in RUNGS],
+    "derived_every": _DERIVED_EVERY,
 }
 _POSITIONS = 1 << 16  # of a region's input maps that a candidate is derived from; fits look at fewer still
 _SAMPLES = (32, 256)  # images for the same, at least and at most
@@ -76,6 +78,10 @@ class Job:
     def rate(self) -> float:
         """Base learning rate."""
         return RATE * (DERIVED[self.spec.family].start if self.spec.family in DERIVED else 1.0)
+
+    def due(self, step: int) -> bool:
+        """Whether it learns from the batch of this step."""
+        return self.spec.family not in DERIVED or step % _DERIVED_EVERY == 0
 
 
 def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) -> dict[str, Tensor]:
@@ -145,7 +151,8 @@ def train(
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
             for j in jobs:
-                step(j, values)
+                if j.due(box.step):
+                    step(j, values)
             optimizer.step()
             more = box.advance()
             while rungs and box.progress >= rungs[0].at:

@@ -41,6 +41,7 @@ class ModelInfo:
     producer: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
     domains: tuple[tuple[str, int], ...] = ()  # opset imports beside the default domain
+    types: tuple[tuple[str, bytes], ...] = ()  # inputs and outputs that are no tensors: name, its TypeProto
 
 
 @dataclass(frozen=True)

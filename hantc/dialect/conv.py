@@ -85,6 +85,30 @@ class Conv(Leaf):
         n = len(self.kernel)
         return self.pads[:n] == self.pads[n:]
 
+    def with_groups(self, groups: int) -> Conv:
+        """The same function in fewer groups, of which the present number is a multiple: zeros where nothing was."""
+        joined = self.groups // groups
+        out, each = self.weight.shape[:2]
+        inside = out // self.groups  # output channels of one present group
+        made = Conv(
+            each * self.groups,
+            out,
+            self.kernel,
+            self.stride,
+            groups=groups,
+            bias=self.bias is not None,
+            dilation=self.dilation,
+            pads=self.pads,
+        )
+        weight = torch.zeros(groups, joined, inside, joined, each, *self.kernel, dtype=self.weight.dtype)
+        own = self.weight.detach().reshape(groups, joined, inside, each, *self.kernel)
+        for k in range(joined):
+            weight[:, k, :, k] = own[:, k]
+        made.weight = nn.Parameter(weight.reshape(out, joined * each, *self.kernel))
+        if self.bias is not None:
+            made.bias = nn.Parameter(self.bias.detach().clone())
+        return made
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → (N, C', …)."""
         return self.product(x, self.weight)

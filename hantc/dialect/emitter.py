@@ -182,8 +182,9 @@ def _outputs(
             tensor = e.node("Identity", [tensor])
         taken.add(id(tensor))
         tensor.name = spec.name
-        tensor.dtype = np.dtype(spec.dtype)
-        tensor.shape = None if spec.name in unranked else list(spec.shape)
+        if spec.name not in dict(info.types):
+            tensor.dtype = np.dtype(spec.dtype)
+            tensor.shape = None if spec.name in unranked else list(spec.shape)
         named.append(tensor)
     for node in e.gs_nodes:  # an inner tensor may not share an output's name
         for out in node.outputs:
@@ -199,10 +200,14 @@ def emit(module: fx.GraphModule, *, opset: int | None = None) -> Emitted:
     info = module.meta["info"]
     assert isinstance(info, ModelInfo)
     e = _Emitter(max(opset or 0, info.opset), info.opset)
-    inputs = [gs.Variable(s.name, np.dtype(s.dtype), list(s.shape)) for s in info.inputs]
+    foreign = dict(info.types)
+    inputs = [
+        gs.Variable(s.name) if s.name in foreign else gs.Variable(s.name, np.dtype(s.dtype), list(s.shape))
+        for s in info.inputs
+    ]
     e.used.update(s.name for s in (*info.inputs, *info.outputs))
-    for foreign in module.modules():  # names inside foreign subgraphs must stay free
-        e.used |= inner_names(foreign.proto) if isinstance(foreign, Opaque) else set()
+    for leaf in module.modules():  # names inside foreign subgraphs must stay free
+        e.used |= inner_names(leaf.proto) if isinstance(leaf, Opaque) else set()
     results = e.inline(module, inputs, "")
     outputs = _outputs(e, results, info, inputs, module.meta.get("unranked", ()))
     domains = [onnx.helper.make_opsetid(d, v) for d, v in info.domains]
@@ -218,6 +223,9 @@ def emit(module: fx.GraphModule, *, opset: int | None = None) -> Emitted:
     for key, value in info.metadata:
         model.metadata_props.add(key=key, value=value)
     _restore(model, e.opaque)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in foreign:
+            value.type.ParseFromString(foreign[value.name])
     return Emitted(model, {k: tuple(v) for k, v in e.made.items()})
 
 

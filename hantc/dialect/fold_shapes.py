@@ -214,7 +214,7 @@ def fold_shapes(module: fx.GraphModule) -> None:
     reshapes = any(_op(module, n) == "Reshape" for n in module.graph.nodes)
     if not reshapes and not opaque and all(n.op == "get_attr" for n in candidates):
         return
-    if any(not isinstance(d, int) for s in info.inputs for d in s.shape[1:]):
+    if info.types or any(not isinstance(d, int) for s in info.inputs for d in s.shape[1:]):
         return
     try:
         runs = [_run(module, info, b) for b in _batches(info)]

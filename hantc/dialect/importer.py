@@ -70,11 +70,28 @@ def _ranked(value: onnx.ValueInfoProto) -> bool:
     return bool(value.type.tensor_type.HasField("shape"))
 
 
+def _foreign(value: onnx.ValueInfoProto) -> str:
+    """The kind of a value that is no tensor: "sequence_type", "optional_type", …; "" for tensors."""
+    kind = value.type.WhichOneof("value") or "tensor_type"
+    return "" if kind == "tensor_type" else str(kind)
+
+
+def _elements(value: onnx.ValueInfoProto) -> bytes:
+    """The type of a value that is no tensor, without the sizes that inference may have guessed."""
+    kind = onnx.TypeProto()
+    kind.CopyFrom(value.type)
+    inner = kind
+    while (held := inner.WhichOneof("value")) in ("sequence_type", "optional_type"):
+        inner = getattr(inner, held).elem_type
+    if held == "tensor_type":
+        inner.tensor_type.ClearField("shape")
+    made: bytes = kind.SerializeToString()
+    return made
+
+
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    if value.type.WhichOneof("value") not in ("tensor_type", None):
-        raise ModelError(
-            f"{value.name!r} is a {value.type.WhichOneof('value')}, not a tensor", hint="cut it off the exported graph"
-        )
+    if foreign := _foreign(value):
+        return TensorSpec(value.name, foreign, ())
     kind = value.type.tensor_type.elem_type
     try:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind) if kind else np.dtype(np.float32)
@@ -83,8 +100,17 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype.name, _dims(value))
 
 
+def only_tensors(info: ModelInfo) -> ModelInfo:
+    """`info` again. ModelError for inputs or outputs that are no tensors: what runs a network feeds and compares
+    tensors."""
+    for spec in (*info.inputs, *info.outputs):
+        if spec.name in dict(info.types):
+            raise ModelError(f"{spec.name!r} is a {spec.dtype}, not a tensor", hint="cut it off the exported graph")
+    return info
+
+
 def model_info(model: ModelProto) -> ModelInfo:
-    """What must survive the round trip beside the nodes. ModelError for inputs or outputs that are no tensors."""
+    """What must survive the round trip beside the nodes."""
     weights = {i.name for i in model.graph.initializer}
     opsets = {i.domain: i.version for i in model.opset_import}
     versions = [v for v in (opsets.pop("", 0), opsets.pop("ai.onnx", 0)) if v]
@@ -97,6 +123,9 @@ def model_info(model: ModelProto) -> ModelInfo:
         producer=model.producer_name,
         metadata=tuple((p.key, p.value) for p in model.metadata_props),
         domains=tuple(sorted(opsets.items())),
+        types=tuple(
+            (v.name, v.type.SerializeToString()) for v in (*model.graph.input, *model.graph.output) if _foreign(v)
+        ),
     )
 
 
@@ -133,6 +162,7 @@ class _Build:
     used: frozenset[str]  # tensors that a node or the outside needs
     opset: int
     opsets: Mapping[str, int]
+    types: Mapping[str, bytes]  # of values that are no tensors, where the file declares them
     env: dict[str, fx.Node] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -212,8 +242,9 @@ def _kept(b: _Build, node: NodeProto, error: Exception) -> tuple[Leaf, list[fx.N
     function = function_of(node.domain, node.op_type)
     if function is not None and not any(subgraphs(node)):
         return Verbatim(node, data, fixed, b.opsets, function), args
+    types = {n: b.types[n] for n in data if n in b.types}
     reason = error.message if isinstance(error, HantcError) else f"{type(error).__name__}: {error}"
-    return Opaque(node, data, fixed, b.opsets, reason), args
+    return Opaque(node, data, fixed, b.opsets, reason, types), args
 
 
 def _add(b: _Build, node: NodeProto) -> None:
@@ -267,6 +298,7 @@ def _begin(cleaned: ModelProto, info: ModelInfo) -> _Build:
         used=frozenset(needed - {""}),
         opset=info.opset,
         opsets={"": info.opset, **dict(info.domains)},
+        types={v.name: _elements(v) for v in cleaned.graph.value_info if _foreign(v)} | dict(info.types),
     )
 
 
@@ -283,6 +315,8 @@ def _build(model: ModelProto) -> fx.GraphModule:
     for spec in info.inputs:
         if any(isinstance(d, int) and d < 0 for d in spec.shape):
             raise ModelError(f"input {spec.name!r} declares a negative size")
+        if spec.name in dict(info.types):
+            continue
         kind = np.dtype(spec.dtype)
         if kind.kind not in "OSU" and not has_torch_type(
             np.zeros(0, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -86,13 +87,15 @@ def _to_onnx(value: Any) -> Any:
 def _from_onnx(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_onnx(v) for v in value]
-    if isinstance(value, np.ndarray) and not has_torch_type(value):
-        return value  # strings, 4-bit integers: only other opaque leaves can use them
+    if value is None or (isinstance(value, np.ndarray) and not has_torch_type(value)):
+        return value  # an optional value that is none; strings, 4-bit integers: only other opaque leaves can use them
     return tensor(value)
 
 
-def _value_info(name: str, value: Any) -> onnx.ValueInfoProto:
-    """Type of an input of a one-node model: element type and rank, every size open."""
+def _value_info(name: str, value: Any, declared: bytes | None = None) -> onnx.ValueInfoProto:
+    """Type of an input of a one-node model: as declared, or element type and rank, every size open."""
+    if declared is not None:
+        return onnx.helper.make_value_info(name, onnx.TypeProto.FromString(declared))
     if isinstance(value, list):
         kind = onnx.helper.np_dtype_to_tensor_dtype(value[0].dtype) if value else onnx.TensorProto.FLOAT
         return onnx.helper.make_tensor_sequence_value_info(name, kind, None)
@@ -110,16 +113,18 @@ class Opaque(Leaf):
         constants: Mapping[str, Array],
         opsets: Mapping[str, int],
         reason: str,
+        types: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.proto, self.names, self.constants = node, names, dict(constants)
         self.opsets, self.reason = dict(opsets), reason
+        self.types = dict(types)  # inputs' TypeProtos, where they do not follow from values: optional ones
         self.outputs = tuple(o for o in node.output if o)
         self._sessions: dict[tuple[Any, ...], ort.InferenceSession] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Opaque:
         # sessions cannot be copied and are rebuilt on use; node and constants are never changed
-        return Opaque(self.proto, self.names, self.constants, self.opsets, self.reason)
+        return Opaque(self.proto, self.names, self.constants, self.opsets, self.reason, self.types)
 
     @property
     def foreign(self) -> bool:
@@ -139,7 +144,7 @@ class Opaque(Leaf):
         return onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
 
     def _session(self, arrays: list[Any]) -> ort.InferenceSession:
-        infos = [_value_info(n, a) for n, a in zip(self.names, arrays, strict=True)]
+        infos = [_value_info(n, a, self.types.get(n)) for n, a in zip(self.names, arrays, strict=True)]
         key = tuple(i.SerializeToString() for i in infos)
         if key not in self._sessions:
             model = self.model(infos)

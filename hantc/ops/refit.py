@@ -3,6 +3,7 @@ teacher computes, in the least-squares sense, on real activations."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from hantc.dialect.conv import Conv, torch_pads
 from hantc.ops.channels import is_depthwise
 
 _ROWS = 12288  # positions that a fit looks at, at most
+_ROWS_EACH = 64  # for each weight of a channel, where channels are fitted one by one
 _RIDGE = 3e-3  # of the mean energy of the inputs: keeps weights near where they start
 
 
@@ -78,12 +80,14 @@ def solve_conv(
 ) -> tuple[Tensor, Tensor] | None:
     """(weight, bias) of an ungrouped or depthwise convolution that lead from `x` to `target`, (N, C', H', W'), by
     ridge regression drawn towards the weights `start`, on at most `rows` positions. None where it has no solution."""
-    patches, wanted = _rows(conv, x, target, rows)
     if is_depthwise(conv):
-        design = patches.transpose(0, 1)  # (C, P, k²)
+        # few unknowns each: more positions would hardly change them, and take memory traffic
+        patches, wanted = _rows(conv, x, target, min(rows, _ROWS_EACH * math.prod(conv.kernel)))
+        design = patches.transpose(0, 1).contiguous()  # (C, P, k²)
         origin = start.flatten(1).unsqueeze(2)  # (C, k², 1)
         goal = wanted.t().unsqueeze(2)  # (C, P, 1)
     else:
+        patches, wanted = _rows(conv, x, target, rows)
         design = patches.flatten(1).unsqueeze(0)  # (1, P, C·k²)
         origin = start.flatten(1).t().unsqueeze(0)  # (1, C·k², C')
         goal = wanted.unsqueeze(0)

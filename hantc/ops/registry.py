@@ -34,6 +34,7 @@ from hantc.ops.mixer import Mixer
 from hantc.ops.repvgg import RepVGG
 from hantc.ops.s2d import S2D
 from hantc.ops.slim import Slim
+from hantc.ops.teacher_form import TeacherForm
 from hantc.ops.teacher_s2d import TeacherS2D
 from hantc.ops.tresnet import TResNet
 from hantc.ops.vit import ViT
@@ -76,7 +77,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for famil
 """The built-in families, by name."""
 
 DERIVED: Mapping[str, DerivedFamily] = MappingProxyType(
-    {family.name: family for family in (TeacherS2D(), Slim(), LowRank(), Affine(), Merged())}
+    {family.name: family for family in (TeacherS2D(), TeacherForm(), Slim(), LowRank(), Affine(), Merged())}
 )
 """The families that start from the teacher's own weights, by name."""
 

@@ -16,7 +16,7 @@ from hantc.dialect.activation import Softmax
 from hantc.dialect.conv import Conv
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut, leaf_of, node_named, shapes_of, trace
-from hantc.dialect.importer import import_model
+from hantc.dialect.importer import import_model, only_tensors
 from hantc.dialect.norm import BatchNorm
 
 if TYPE_CHECKING:
@@ -308,8 +308,11 @@ def test_negative_size(models: Models) -> None:
 def test_sequence_output(models: Models) -> None:
     model = models.make([node("SplitToSequence", ["x"], ["q"], axis=1)], {"x": IMAGE}, ["q"])
     model.graph.output[0].CopyFrom(helper.make_tensor_sequence_value_info("q", TensorProto.FLOAT, None))
+    module = import_model(model)
+    assert [p.shape for p in module(torch.randn(2, 4, 8, 8))] == [(2, 1, 8, 8)] * 4
+    assert emit(module).model.graph.output[0].type == model.graph.output[0].type
     with pytest.raises(ModelError, match="'q' is a sequence_type, not a tensor"):
-        import_model(model)
+        only_tensors(module.meta["info"])
 
 
 def test_cycle(models: Models) -> None:

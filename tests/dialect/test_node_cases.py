@@ -45,3 +45,13 @@ def test_enough_cases_are_left(by_operator: dict[str, list[tuple[str, Any]]]) ->
     names = [name for cases in by_operator.values() for name, _ in cases]
     lacking = [n for n in names if any(word in n for word in _LACKING)]
     assert len(lacking) <= 0.02 * len(names), lacking
+
+
+@pytest.mark.parametrize("word", ["sequence", "identity", "loop"])
+def test_values_that_are_no_tensors_pass(word: str) -> None:
+    """In and out, as sequences and optional values, also where there is none."""
+    ort.set_default_logger_severity(4)
+    cases = [(name, case) for _, name, case in bench.cases() if word in name and bench.runs(case)]
+    assert len(cases) > 2
+    wrong = {name: found for name, case in cases if (found := bench.verdict(case))[0] not in ("native", "opaque")}
+    assert not wrong

@@ -161,7 +161,11 @@ def known_values(gm: fx.GraphModule) -> dict[str, Known]:
     """Shape and dtype of every node's value, found by running the graph once on a batch of two. Empty where
     that is impossible: no model information, sizes besides the batch that are open, or a graph that fails."""
     info = gm.meta.get("info")
-    if not isinstance(info, ModelInfo) or any(not isinstance(d, int) for s in info.inputs for d in s.shape[1:]):
+    if (
+        not isinstance(info, ModelInfo)
+        or info.types
+        or any(not isinstance(d, int) for s in info.inputs for d in s.shape[1:])
+    ):
         return {}
     recorder = _Recorder(gm)
     try:

@@ -28,12 +28,12 @@ def _plain_first(first: Conv, second: Conv) -> str:
     return ""
 
 
-def _why_not(gm: fx.GraphModule, a: fx.Node, b: fx.Node, first: Conv, second: Conv) -> str:
+def _why_not(gm: fx.GraphModule, a: fx.Node, b: fx.Node, first: Conv, second: Conv, *, grouped: bool) -> str:
     if len(a.users) > 1:
         return f"the value of {a.name} is used elsewhere too"
     if shared(gm, a) or shared(gm, b):
         return "their weights are used elsewhere too"
-    if first.groups != 1 or second.groups != 1:
+    if not grouped and (first.groups != 1 or second.groups != 1):
         return "a grouped convolution would lose its groups"
     if _pointwise(second) and not any(second.pads):
         return ""
@@ -44,6 +44,7 @@ def _why_not(gm: fx.GraphModule, a: fx.Node, b: fx.Node, first: Conv, second: Co
 
 def _merged(first: Conv, second: Conv) -> Conv:
     """One convolution for both (which `_why_not` has let pass)."""
+    first, second = (c if c.groups == 1 else c.with_groups(1) for c in (first, second))
     w1, w2 = first.weight.detach().double(), second.weight.detach().double()
     bias: Tensor | None = None
     if first.bias is not None or second.bias is not None:
@@ -62,9 +63,13 @@ def _merged(first: Conv, second: Conv) -> Conv:
 
 
 class MergeConvs:
-    """k×k and 1×1 convolutions (either order) → one k×k, where that takes no more arithmetic."""
+    """k×k and 1×1 convolutions (either order) → one k×k, where that takes no more arithmetic. With `growth`: grouped
+    ones too, where it takes no more than so many times as much."""
 
     name = "merge_convs"
+
+    def __init__(self, growth: float | None = None) -> None:
+        self.growth = growth
 
     def apply(self, gm: fx.GraphModule) -> Outcome:
         """Merge every such pair, first ones first."""
@@ -74,7 +79,7 @@ class MergeConvs:
             first, second = leaf_of(gm, a), leaf_of(gm, b) if b is not None else None
             if b is None or not isinstance(first, Conv) or not isinstance(second, Conv):
                 continue
-            reason = _why_not(gm, a, b, first, second)
+            reason = _why_not(gm, a, b, first, second, grouped=self.growth is not None)
             if reason:
                 log.miss(reason, a, b)
                 continue
@@ -85,7 +90,7 @@ class MergeConvs:
             merged = _merged(first, second)
             old = math.prod(before[2:]) * first.weight.numel() + math.prod(after[2:]) * second.weight.numel()
             new = math.prod(after[2:]) * merged.weight.numel()
-            if new > old:
+            if new > (self.growth or 1.0) * old:
                 log.miss(f"one convolution would take {new:,} multiply-accumulates, the two take {old:,}", a, b)
                 continue
             log.did(f"merged into {b.name}: {old:,} → {new:,} multiply-accumulates", a, b)

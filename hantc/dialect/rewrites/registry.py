@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hantc.dialect.rewrites.base import Rewrite
+from hantc.dialect.rewrites.commute_pool import CommutePool
 from hantc.dialect.rewrites.drop_noops import DropNoops
 from hantc.dialect.rewrites.fold_norm import FoldAffine, FoldNorm
 from hantc.dialect.rewrites.fold_pad import FoldPad
@@ -11,10 +12,12 @@ from hantc.dialect.rewrites.global_pool import MakeGlobalPool
 from hantc.dialect.rewrites.merge_branches import MergeBranches
 from hantc.dialect.rewrites.merge_convs import MergeConvs
 from hantc.dialect.rewrites.shortcut_conv import ShortcutConv
+from hantc.dialect.rewrites.sink_transpose import SinkTranspose
 
 # What clears the way comes first: a no-op between a convolution and its norm would keep them apart.
 REWRITES: tuple[Rewrite, ...] = (
     DropNoops(),
+    SinkTranspose(),
     ClipToRelu(),
     FuseSilu(),
     FuseHardSwish(),
@@ -25,4 +28,5 @@ REWRITES: tuple[Rewrite, ...] = (
     FoldAffine(),
     MergeBranches(),
     MergeConvs(),
+    CommutePool(),
 )

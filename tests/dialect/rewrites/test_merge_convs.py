@@ -98,3 +98,10 @@ def test_activation_between_is_no_near_match(rewriting: Rewriting) -> None:
     nodes = [first, helper.make_node("Relu", ["a"], ["r"]), second]
     r = rewriting.run(MergeConvs(), nodes, {"w1": w(16, 4, 1, 1), "w2": w(6, 16, 3, 3)})
     assert r.applied == [] and r.missed == []
+
+
+def test_with_growth_grouped_ones_too(rewriting: Rewriting) -> None:
+    nodes, constants = convs({"group": 4}, {}), {"w1": w(4, 1, 3, 3), "w2": w(6, 4, 1, 1)}
+    assert rewriting.run(MergeConvs(growth=9.0), nodes, constants).after == ["Conv"]
+    r = rewriting.run(MergeConvs(growth=1.5), nodes, constants)
+    assert r.after == r.before and "would take" in r.reasons[0]

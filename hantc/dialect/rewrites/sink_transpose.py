@@ -1,0 +1,136 @@
+"""Transposes of channels-last exports, moved past what does not mind until they meet their inverse."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from hantc.dialect.activation import Clip, HardSigmoid, HardSwish, LeakyRelu, Silu, Unary
+from hantc.dialect.elementwise import Binary
+from hantc.dialect.graph import leaf_of
+from hantc.dialect.rewrites.base import Log, Outcome, calls, constant, shared, sole_user, source, swap
+from hantc.dialect.shape import Concat, Pad, Transpose
+
+_POINTWISE = (Unary, Silu, HardSwish, HardSigmoid, LeakyRelu, Clip, Binary)
+_MOVABLE = (*_POINTWISE, Concat, Pad)
+Perm = tuple[int, ...]
+
+
+class SinkTranspose:
+    """Transpose → activation, sum, concatenation, padding → its inverse: the Transpose moves down, and both cancel.
+
+    As graphs look that were channels-last (TensorFlow's): between two convolutions everything is computed with the
+    channels at the end. Engines cannot keep their own layout across such pairs."""
+
+    name = "sink_transpose"
+
+    def apply(self, gm: fx.GraphModule) -> Outcome:
+        """Move every Transpose that an inverse waits for one step; normalizing repeats until they have met."""
+        log = Log(self.name)
+        for node, leaf in calls(gm, nn.Module):
+            if not isinstance(leaf, _MOVABLE):
+                continue
+            above = [(n, t) for n in node.all_input_nodes if isinstance(t := leaf_of(gm, n), Transpose)]
+            if not above:
+                continue
+            perm = above[0][1].perm
+            if not _awaited(gm, node, _inverse(perm)):
+                continue
+            if reason := _why_not(gm, node, leaf, perm):
+                log.miss(reason, above[0][0], node)
+                continue
+            log.did(f"moved below {node.name}", *(n for n, _ in above))
+            _sink(gm, node, leaf, perm)
+        return log.finish(gm)
+
+
+def _inverse(perm: Perm) -> Perm:
+    return tuple(perm.index(i) for i in range(len(perm)))
+
+
+def _awaited(gm: fx.GraphModule, node: fx.Node, inverse: Perm) -> bool:
+    """Whether a Transpose that undoes one lies below `node`, behind nothing but what Transposes can move past."""
+    queue, seen = [node], {node}
+    while queue:
+        for user in queue.pop().users:
+            leaf = leaf_of(gm, user)
+            if isinstance(leaf, Transpose) and leaf.perm == inverse:
+                return True
+            if isinstance(leaf, _MOVABLE) and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _why_not(gm: fx.GraphModule, node: fx.Node, leaf: nn.Module, perm: Perm) -> str:
+    if shared(gm, node):
+        return "its module is used elsewhere too"
+    if isinstance(leaf, Pad) and leaf.mode != "constant":
+        return f"it pads with {leaf.mode}, which is for the last dims alone"
+    for operand in node.all_input_nodes:
+        above, value = leaf_of(gm, operand), constant(gm, operand)
+        if isinstance(above, Transpose):
+            if above.perm != perm:
+                return "its operands are transposed in different ways"
+            if sole_user(operand) is None:
+                return f"the value of {operand.name} is used elsewhere too"
+        elif value is None or isinstance(leaf, Concat):
+            return f"{operand.name} is not transposed"
+        elif value.dim() > len(perm):
+            return f"the constant {operand.name} has more dims"
+    return ""
+
+
+def _sink(gm: fx.GraphModule, node: fx.Node, leaf: nn.Module, perm: Perm) -> None:
+    """op(Transpose(x), …) → Transpose(op(x, …))."""
+    new: dict[fx.Node, fx.Node] = {}
+    for operand in node.all_input_nodes:
+        if isinstance(leaf_of(gm, operand), Transpose):
+            new[operand] = source(operand)
+        else:
+            value = constant(gm, operand)
+            assert value is not None
+            new[operand] = _held(gm, operand, _untransposed(value, perm)) if value.numel() > 1 else operand
+    for old, operand in new.items():
+        node.replace_input_with(old, operand)
+        if not old.users:
+            gm.graph.erase_node(old)
+    if isinstance(leaf, Concat):
+        swap(gm, node, Concat(perm[leaf.axis], len(node.args)))
+    elif isinstance(leaf, Pad):
+        swap(gm, node, _padded(leaf, perm))
+    name = _free(gm, f"{node.name}_transposed")
+    gm.add_submodule(name, Transpose(perm).train(gm.training))
+    with gm.graph.inserting_after(node):
+        below = gm.graph.create_node("call_module", name, (node,), name=name)
+    node.replace_all_uses_with(below, delete_user_cb=lambda user: user is not below)
+
+
+def _untransposed(value: Tensor, perm: Perm) -> Tensor:
+    """The constant that does to a value what `value` does to the transposed one."""
+    full = value.reshape((1,) * (len(perm) - value.dim()) + tuple(value.shape))
+    return full.permute(_inverse(perm)).contiguous()
+
+
+def _padded(pad: Pad, perm: Perm) -> Pad:
+    n, back = len(perm), _inverse(perm)
+    ends: Sequence[int] = [*(pad.pads[back[i]] for i in range(n)), *(pad.pads[n + back[i]] for i in range(n))]
+    made = Pad(ends, pad.mode, pad.value)
+    made.dtype = pad.dtype
+    return made
+
+
+def _held(gm: fx.GraphModule, beside: fx.Node, value: Tensor) -> fx.Node:
+    """A constant of the graph, made where `beside` stands."""
+    name = _free(gm, f"{beside.name}_transposed")
+    gm.register_buffer(name, torch.as_tensor(value))
+    with gm.graph.inserting_after(beside):
+        return gm.graph.get_attr(name)
+
+
+def _free(gm: fx.GraphModule, stem: str) -> str:
+    taken = {n.name for n in gm.graph.nodes}
+    return next(t for i in itertools.count() if not hasattr(gm, t := f"{stem}{i or ''}") and t not in taken)
