@@ -25,6 +25,7 @@ from hantc.ops.dense_conv import DenseConv
 from hantc.ops.derived import DerivedFamily, Origin
 from hantc.ops.efn import EFN
 from hantc.ops.efnv2 import EFNV2
+from hantc.ops.exact import Exact
 from hantc.ops.family import Family
 from hantc.ops.identity import Identity
 from hantc.ops.lambda_layer import LambdaLayer
@@ -34,7 +35,6 @@ from hantc.ops.mixer import Mixer
 from hantc.ops.repvgg import RepVGG
 from hantc.ops.s2d import S2D
 from hantc.ops.slim import Slim
-from hantc.ops.teacher_form import TeacherForm
 from hantc.ops.teacher_s2d import TeacherS2D
 from hantc.ops.tresnet import TResNet
 from hantc.ops.vit import ViT
@@ -77,7 +77,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for famil
 """The built-in families, by name."""
 
 DERIVED: Mapping[str, DerivedFamily] = MappingProxyType(
-    {family.name: family for family in (TeacherS2D(), TeacherForm(), Slim(), LowRank(), Affine(), Merged())}
+    {family.name: family for family in (TeacherS2D(), Exact(), Slim(), LowRank(), Affine(), Merged())}
 )
 """The families that start from the teacher's own weights, by name."""
 

@@ -90,7 +90,7 @@ def test_declines_what_begins_otherwise() -> None:
 
 def test_which_are_exact() -> None:
     exact = [name for name, family in DERIVED.items() if family.exact]
-    assert exact == ["teacher_s2d", "teacher_form"] and is_exact(SPEC) and not is_exact(CandidateSpec("identity"))
+    assert exact == ["teacher_s2d", "exact"] and is_exact(SPEC) and not is_exact(CandidateSpec("identity"))
 
 
 def test_depth_to_space_undoes_space_to_depth() -> None:

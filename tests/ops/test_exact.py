@@ -19,11 +19,11 @@ from hantc.dialect.shape import Flatten, Reshape
 from hantc.ops.derived import Origin
 from hantc.ops.registry import DERIVED, build
 
-FAMILY = DERIVED["teacher_form"]
+FAMILY = DERIVED["exact"]
 
 
 def spec(form: str) -> CandidateSpec:
-    return CandidateSpec.make("teacher_form", form=form)
+    return CandidateSpec.make("exact", form=form)
 
 
 def traced(module: nn.Module, before: tuple[int, ...]) -> fx.GraphModule:

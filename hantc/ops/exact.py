@@ -24,7 +24,7 @@ _POINTWISE = (Unary, Silu, HardSwish, HardSigmoid, LeakyRelu, Clip)
 _GROWTH = 12.0  # times the multiplications that a merged convolution may take: more is never faster
 
 
-class TeacherForm(DerivedFamily):
+class Exact(DerivedFamily):
     """One of the exact rewrites that take more arithmetic, or other operations, so that only a measurement says
     whether they pay.
 
@@ -33,7 +33,7 @@ class TeacherForm(DerivedFamily):
     was (ONNX Runtime needs 2 to 5 times as long for groups of 4 or 8 channels); matrix: convolutions of single pixels
     (gates) as matrix products."""
 
-    name = "teacher_form"
+    name = "exact"
     source = "exact; hantc"
     params = MappingProxyType({"form": ("merged", "wide16", "wide32", "wide64", "matrix")})
     exact = True
