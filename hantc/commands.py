@@ -147,6 +147,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
     from tempfile import TemporaryDirectory
 
     from hantc.core.config import parse_shapes
+    from hantc.dialect.dequantize import dequantized
     from hantc.dialect.importer import import_model, load_onnx, model_info, only_tensors
     from hantc.dialect.input_shape import fix_inputs
     from hantc.dialect.pattern import installed
@@ -158,7 +159,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
         file = model_file(args.model, Path(place), quiet=args.json)
         model = fix_inputs(load_onnx(file), parse_shapes(args.input_shape or ()))
         only_tensors(model_info(model))
-        network = import_model(model, where=file)
+        network = import_model(dequantized(model).model, where=file)
     found = match_regions(normalize(network)[0], named=args.region, patterns=installed())
     return show(args, lambda: asdict(found), lambda: regions_table(found, why=args.why))
 

@@ -26,6 +26,7 @@ from hantc.core.store import Store
 from hantc.core.types import ModelInfo, digest
 from hantc.data.dataset import Dataset, Split, load_dataset
 from hantc.data.preprocess import Preprocess, load_preprocess
+from hantc.dialect.dequantize import dequantized, is_quantized
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.floats import unmarked
 from hantc.dialect.importer import load_onnx, model_info, only_tensors
@@ -126,6 +127,7 @@ def prepare(
         raise UsageError(
             "needs --data: exact rewrites alone do not take less memory", where="--budget-memory", hint="give images"
         )
+    given, model, notes = _in_floats(model, data is not None, reporter)
     precisions = _precisions(config, target, capabilities, exact=data is None)
     store = Store(config.store)
     _begin(config, reporter)
@@ -144,7 +146,7 @@ def prepare(
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )
-    for note in (*capabilities.notes, *(data.notes if data else ())):
+    for note in (*capabilities.notes, *(data.notes if data else ()), *notes):
         ctx.note(note)
     if data is None:
         ctx.note(
@@ -157,7 +159,22 @@ def prepare(
         )
     elif config.precision == "int8":
         ctx.note("--precision int8 admits INT8 everywhere; regions that are better or faster in FP32 stay in FP32")
-    return State(model=model, model_hash=_hash(model)), ctx
+    return State(model=model, model_hash=_hash(model), given=given, given_hash=_hash(given) if given else ""), ctx
+
+
+def _in_floats(model: ModelProto, trains: bool, reporter: Reporter) -> tuple[ModelProto | None, ModelProto, list[str]]:
+    """(the file as given where it is quantised already, the teacher, notes). Regions can be replaced and trained in
+    floats only; without images there is nothing to gain by that."""
+    if not is_quantized(model):
+        return None, model, []
+    if not trains:
+        return None, model, ["the model is quantised already: with --data its dequantised form is compiled"]
+    made = dequantized(model)
+    if made.reason:
+        return None, model, [f"the model is quantised already, and stays as it is: {made.reason}"]
+    reporter.event("dequantized", ranges=dict(made.ranges))
+    note = "the model is quantised already: the teacher is its dequantised form, and the file as given a baseline"
+    return model, made.model, [note]
 
 
 def _elsewhere(config: CompileConfig, here: Capabilities) -> tuple[Capabilities, int]:

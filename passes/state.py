@@ -50,6 +50,8 @@ class State:
 
     model: ModelProto
     model_hash: str
+    given: ModelProto | None = None  # the user's own file, where it is quantised and `model` its dequantised form
+    given_hash: str = ""
     teacher: fx.GraphModule | None = None  # as imported
     network: fx.GraphModule | None = None  # normalized; what is matched, distilled from and rewritten
     applied: tuple[Applied, ...] = ()

@@ -30,6 +30,7 @@ _VERSION = 8
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
 _TURNS = 3  # of timing the teacher with this engine and with another
 _BF16 = " bf16"
+_BASELINES = ("baseline_int8", "baseline_bf16", "baseline_given")
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
 
 
@@ -58,6 +59,7 @@ class Verify:
                 "student": digest(state.emitted.SerializeToString().hex()),
                 "teacher": state.model_hash,
                 "device": ctx.device_key,
+                "given": state.given_hash,
                 "options": [ctx.threads, ctx.config.batch, ctx.backend.name],
                 "rivals": [asdict(r.capabilities().device) for r in ctx.rivals],
                 "data": ctx.data.fingerprint if ctx.data else None,
@@ -75,6 +77,8 @@ class Verify:
         others = {} if baseline is None else {"baseline_int8": baseline}
         if ctx.base == "bf16" and not ctx.from_table:
             others["baseline_bf16"] = in_bf16(state.model)
+        if state.given is not None and not ctx.from_table and ctx.backend.supports(state.given)[0]:
+            others["baseline_given"] = state.given
         # the table's clock is the normalized network's latency: timing it again shows the machine's drift
         assert state.emitted is not None
         timed = [teacher, state.emitted, *others.values(), clock_model]
@@ -197,7 +201,7 @@ class Verify:
     ) -> dict[str, Any]:
         assert state.network is not None and state.plan is not None and state.costs is not None
         outputs = dict(zip(networks, self._outputs(ctx, list(networks.values())), strict=True))
-        rows: dict[str, dict[str, Any] | None] = {"baseline_int8": None, "baseline_bf16": None}
+        rows: dict[str, dict[str, Any] | None] = dict.fromkeys(_BASELINES)
         for (name, model), timing in zip(networks.items(), timings, strict=True):
             rows[name] = {
                 "latency_ms": timing.median_ms,
@@ -208,7 +212,7 @@ class Verify:
             }
         teacher, student = rows["teacher"], rows["student"]
         assert teacher is not None and student is not None
-        for row in (rows["baseline_int8"], rows["baseline_bf16"]):
+        for row in map(rows.get, _BASELINES):
             if row is not None:
                 row |= {"params": teacher["params"], "macs": teacher["macs"]}
         if state.student is not None and ctx.data is not None:
@@ -258,6 +262,12 @@ def _tell(facts: Mapping[str, Any], ctx: Context) -> None:
         ctx.note(facts["timing_note"])
     if facts["kept_original"]:
         ctx.note("rewriting gained nothing: the student was slower than the teacher, which was kept as it is")
+    given, student = facts["baseline_given"], facts["student"]
+    if given is not None and given["latency_ms"] < student["latency_ms"]:
+        ctx.note(
+            f"the quantised file as given takes {given['latency_ms']:.2f} ms, less than the student: a smaller "
+            "--budget is needed to gain anything over it"
+        )
     by_backend: Mapping[str, float] = facts["teacher_by_backend"]
     fastest = min(by_backend, key=lambda name: by_backend[name])
     here, there = by_backend[ctx.backend.name], by_backend[fastest]

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -16,6 +17,8 @@ from hantc.backends import registry
 from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
 from hantc.core.errors import UsageError
 from hantc.core.progress import Reporter
+from hantc.dialect.dequantize import is_quantized
+from hantc.dialect.qdq import QuantSpec, quantize_whole
 from hantc.inputs import make_config, prepare
 from hantc.passes.state import Context
 from hantc.report import doctor
@@ -125,3 +128,26 @@ def test_open_sizes_are_asked_for(tiny: Tiny, cli: Callable[..., Result], tmp_pa
     assert not out.exists()
     found = cli("regions", path, "--input-shape", "3x36x36", "--json").json()
     assert found["regions"] and found["regions"][0]["in_shape"][1:] == [36, 36]
+
+
+def test_a_quantised_model_is_a_teacher_in_floats(tiny: Tiny, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    images = np.load(tiny.data)["x"][:64].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    model = onnx.load(str(tiny.model))
+    feeds = [{model.graph.input[0].name: images[i : i + 16]} for i in range(0, 64, 16)]
+    given = tmp_path / "int8.onnx"
+    onnx.save(quantize_whole(model, feeds, QuantSpec(reduce_range=False)), str(given))
+
+    config = make_config(given, target="roofline", out=tmp_path / "out", store=tmp_path / "store")
+    state, ctx = prepare(config, Reporter())
+    assert state.given is None and is_quantized(state.model)
+    assert any("with --data" in note for note in ctx.notes)
+
+    quick = ("--effort", "quick", "--time-limit", "12s", "--threads", "1")
+    options = ("--target", "roofline", "--store", tmp_path / "store", *quick)
+    result = cli(given, "--data", tiny.data, "--budget", "0.8", "--out", tmp_path / "run", *options, "--json")
+    assert result.code == 0, result.err
+    summary = result.json()
+    assert summary["baseline_given"]["latency_ms"] > 0 and summary["regions"] > 2
+    assert summary["teacher"]["accuracy"] > 90 and summary["baseline_given"]["accuracy"] > 90
+    assert any("quantised already" in note for note in summary["notes"])
+    assert "File as given" in (tmp_path / "run" / "report.html").read_text()

@@ -40,7 +40,7 @@ class Point:
 def latency_bars(summary: Summary) -> Markup | None:
     """Median latency of the teacher, the INT8 teacher and the student, with their interquartile ranges."""
     data = summary_data(summary)
-    colours = {"teacher": svg.TEACHER, "baseline_bf16": svg.TEACHER, "baseline_int8": svg.INT8, "student": svg.STUDENT}
+    colours = {"baseline_int8": svg.INT8, "baseline_given": svg.INT8, "student": svg.STUDENT}
     rows = [(key, title, net) for key, title, net in networks(summary) if net and net.latency_ms is not None]
     if not rows:
         return None
@@ -49,7 +49,7 @@ def latency_bars(summary: Summary) -> Markup | None:
     def draw(figure: Figure) -> svg.Tips:
         ax = figure.subplots()
         for y, ((key, _, net), value) in enumerate(zip(rows, values, strict=True)):
-            ax.barh(y, value, height=0.56, color=colours[key])
+            ax.barh(y, value, height=0.56, color=colours.get(key, svg.TEACHER))
             half = (net.latency_iqr_ms or 0) / 2
             if half:
                 ax.errorbar(value, y, xerr=half, color=svg.INK, lw=1, capsize=2.5)

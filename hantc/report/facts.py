@@ -24,11 +24,15 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 
 def networks(summary: Summary) -> list[tuple[str, str, NetworkStats | None]]:
-    """(key, title, figures) of the teacher, the teacher in BF16 (on targets that have it), in INT8, and the student."""
-    bf16 = [("baseline_bf16", "Teacher in BF16", summary.baseline_bf16)] if summary.baseline_bf16 else []
+    """(key, title, figures) of the teacher, the teacher in BF16 (on targets that have it), in INT8, the file as given
+    (where it was quantised), and the student."""
+    rare = [
+        ("baseline_bf16", "Teacher in BF16", summary.baseline_bf16),
+        ("baseline_given", "File as given", summary.baseline_given),
+    ]
     return [
         ("teacher", "Teacher", summary.teacher),
-        *bf16,
+        *(row for row in rare if row[2] is not None),
         ("baseline_int8", "Teacher in INT8", summary.baseline_int8),
         ("student", "Student", summary.student),
     ]

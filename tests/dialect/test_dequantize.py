@@ -1,0 +1,181 @@
+"""Quantised models back in floats: the same function but for rounding, and what cannot be taken apart left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+from hantc.dialect.dequantize import dequantized, is_quantized
+
+Array = np.ndarray[Any, Any]
+SHAPE = (3, 8, 8)
+
+
+def images(n: int, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal((n, *SHAPE)).astype(np.float32)
+
+
+def network(act: str = "Relu") -> ModelProto:
+    """Convolutions, a depthwise one, a sum, a gate, a concatenation, poolings and a matrix product."""
+    rng = np.random.default_rng(3)
+
+    def weight(name: str, *shape: int) -> TensorProto:
+        return numpy_helper.from_array((rng.standard_normal(shape) * 0.3).astype(np.float32), name)
+
+    def activate(x: str, y: str) -> list[onnx.NodeProto]:
+        inputs = [x, "zero", "six"] if act == "Clip" else [x]
+        return [helper.make_node(act, inputs, [y], name=y)]
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], pads=[1] * 4, name="c1"),
+        *activate("c1", "r1"),
+        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], pads=[1] * 4, group=8, name="c2"),
+        helper.make_node("Add", ["c2", "r1"], ["s"], name="s"),
+        *activate("s", "r2"),
+        helper.make_node("Sigmoid", ["r2"], ["g"], name="g"),
+        helper.make_node("Mul", ["r2", "g"], ["m"], name="m"),
+        helper.make_node("MaxPool", ["m"], ["p"], kernel_shape=[2, 2], strides=[2, 2], name="p"),
+        helper.make_node("Concat", ["p", "p"], ["cat"], axis=1, name="cat"),
+        helper.make_node("GlobalAveragePool", ["cat"], ["a"], name="a"),
+        helper.make_node("Flatten", ["a"], ["f"], name="f"),
+        helper.make_node("Gemm", ["f", "w3", "b3"], ["y"], transB=1, name="y"),
+    ]
+    weights = [weight("w1", 8, 3, 3, 3), weight("b1", 8), weight("w2", 8, 1, 3, 3), weight("b2", 8)]
+    weights += [weight("w3", 5, 16), weight("b3", 5)]
+    weights += [numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("zero", 0), ("six", 6))]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *SHAPE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 5])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
+    def __init__(self) -> None:
+        self.left = iter([{"x": images(16, s)} for s in range(4)])
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self.left, None)
+
+
+def run(model: ModelProto, x: Array) -> Array:
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    out: Array = session.run(None, {"x": x})[0]
+    return out
+
+
+def error(wanted: Array, got: Array) -> float:
+    return float(np.abs(wanted - got).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("act", ["Relu", "Clip", "LeakyRelu"])
+@pytest.mark.parametrize("form", [QuantFormat.QDQ, QuantFormat.QOperator])
+@pytest.mark.parametrize("kind", [QuantType.QUInt8, QuantType.QInt8])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_static_quantisation(tmp_path: Path, act: str, form: Any, kind: Any, per_channel: bool) -> None:
+    model = network(act)
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    quantize_static(
+        str(tmp_path / "m.onnx"),
+        str(tmp_path / "q.onnx"),
+        _Reader(),
+        quant_format=form,
+        activation_type=kind,
+        per_channel=per_channel,
+        weight_type=QuantType.QInt8,
+    )
+    given = onnx.load(str(tmp_path / "q.onnx"))
+    assert is_quantized(given) and not is_quantized(model)
+    before = given.SerializeToString()
+    made = dequantized(given)
+    assert made.reason == "" and given.SerializeToString() == before
+    onnx.checker.check_model(made.model, full_check=True)
+    found = Counter(n.op_type for n in made.model.graph.node)
+    assert not any("Linear" in op or op.startswith("Q") for op in found)
+    assert found["Conv"] == 2 and found["Gemm"] == 1
+    if act == "Relu":  # the quantiser had left them to the ranges
+        assert found["Relu"] == 2
+    x = images(32, 77)
+    wanted = run(model, x)
+    assert error(wanted, run(made.model, x)) < 0.03
+    assert error(wanted, run(made.model, x)) < 1.2 * error(wanted, run(given, x))
+    assert len(made.ranges) >= 8 and all(scale > 0 for scale, _ in made.ranges.values())
+
+
+def test_dynamic_quantisation(tmp_path: Path) -> None:
+    model = network()
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    quantize_dynamic(str(tmp_path / "m.onnx"), str(tmp_path / "q.onnx"), weight_type=QuantType.QUInt8)
+    given = onnx.load(str(tmp_path / "q.onnx"))
+    assert is_quantized(given)
+    made = dequantized(given)
+    assert made.reason == ""
+    assert not {n.op_type for n in made.model.graph.node} & {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+    x = images(32, 77)
+    assert error(run(model, x), run(made.model, x)) < 0.05
+
+
+def quantised(nodes: list[onnx.NodeProto], outputs: dict[str, int]) -> ModelProto:
+    constants: dict[str, Array] = {"s": np.array(0.1, np.float32), "z": np.array(128, np.uint8)}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *SHAPE])],
+        [helper.make_tensor_value_info(n, kind, None) for n, kind in outputs.items()],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+QUANTIZE = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+
+
+def test_a_quantised_output_stays_quantised() -> None:
+    model = quantised([QUANTIZE, helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])], {"q": 2, "y": 1})
+    made = dequantized(model)
+    assert made.reason == ""
+    assert np.array_equal(run(made.model, images(2, 0)), run(model, images(2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kind", "why"),
+    [
+        ([QUANTIZE, helper.make_node("Cast", ["q"], ["y"], to=1)], 1, "computes with quantised values"),
+        (
+            [
+                QUANTIZE,
+                helper.make_node("Cast", ["x"], ["c"], to=2),
+                helper.make_node("Concat", ["q", "c"], ["k"], axis=1),
+                helper.make_node("DequantizeLinear", ["k", "s", "z"], ["y"]),
+            ],
+            1,
+            "computes with quantised values",
+        ),
+        (
+            [
+                helper.make_node("ReduceMax", ["x"], ["t"], keepdims=0),
+                helper.make_node("QuantizeLinear", ["x", "t", "z"], ["q"]),
+                helper.make_node("DequantizeLinear", ["q", "t", "z"], ["y"]),
+            ],
+            1,
+            "is computed",
+        ),
+    ],
+)
+def test_what_cannot_be_taken_apart_stays(nodes: list[onnx.NodeProto], kind: int, why: str) -> None:
+    model = quantised(nodes, {"y": kind})
+    made = dequantized(model)
+    assert made.model is model and why in made.reason
