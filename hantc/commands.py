@@ -157,8 +157,9 @@ def cmd_regions(argv: Sequence[str]) -> int:
 
     with TemporaryDirectory() as place:
         file = model_file(args.model, Path(place), quiet=args.json)
-        model = fix_inputs(load_onnx(file), parse_shapes(args.input_shape or ()))
+        model = load_onnx(file)
         only_tensors(model_info(model))
+        model = fix_inputs(model, parse_shapes(args.input_shape or ()))
         network = import_model(dequantized(model).model, where=file)
     found = match_regions(normalize(network)[0], named=args.region, patterns=installed())
     return show(args, lambda: asdict(found), lambda: regions_table(found, why=args.why))

@@ -18,7 +18,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import with_taps
 from hantc.dialect.spread import Activations, enough, image_variance, ordinary
 from hantc.ops.readout import fit_readout
-from hantc.ops.registry import DERIVED
+from hantc.ops.registry import DERIVED, is_exact
 from hantc.passes.checkpoint import Checkpoint, part_of, prefixed
 from hantc.passes.contest import RUNGS, Entrant, Rung, outdone
 from hantc.passes.engine import (
@@ -133,8 +133,8 @@ def train(
     groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups if params])
     begun = resume(jobs, checkpoint)
-    for j in jobs:
-        fast_module(j.module).train()
+    for j in jobs:  # what is exact stays so: its norms keep their statistics
+        fast_module(j.module).train(not is_exact(j.spec))
     if not begun:
         entered = time.monotonic()
         initialise(jobs, tapped, taps, data, augment, ctx, size)

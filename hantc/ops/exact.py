@@ -21,7 +21,7 @@ from hantc.dialect.shape import Flatten, Reshape
 from hantc.ops.derived import DerivedFamily, Origin, editable
 
 _POINTWISE = (Unary, Silu, HardSwish, HardSigmoid, LeakyRelu, Clip)
-_GROWTH = 12.0  # times the multiplications that a merged convolution may take: more is never faster
+_GROWTH = 12.0  # times the multiplications that a form may take: more is never faster
 
 
 class Exact(DerivedFamily):
@@ -70,7 +70,8 @@ def _widen(width: int, block: fx.GraphModule) -> int:
     done = 0
     for node, conv in calls(block, Conv):
         each = min(conv.weight.shape[1], conv.weight.shape[0] // conv.groups)
-        joined = max(n for n in range(1, conv.groups + 1) if conv.groups % n == 0 and (n == 1 or n * each <= width))
+        most = min(width // each, int(_GROWTH))
+        joined = max((n for n in range(2, most + 1) if conv.groups % n == 0), default=1)
         if conv.groups > 1 and each > 1 and joined > 1 and not shared(block, node):
             swap(block, node, conv.with_groups(conv.groups // joined))
             done += 1
@@ -83,6 +84,7 @@ def _matrix(block: fx.GraphModule) -> int:
     shapes = shapes_of(block, [torch.zeros(1, *shape)])
     pixels = {n for n in block.graph.nodes if math.prod(shapes.get(n.name, (2, 2, 2))[2:]) == 1}
     single = {n for n in pixels if n.all_input_nodes and source(n) in pixels}
+    maps: set[fx.Node] = set()
     done = 0
     for node, conv in calls(block, Conv):
         if node not in single or conv.groups > 1 or math.prod(conv.kernel) > 1 or any(conv.pads) or shared(block, node):
@@ -92,17 +94,17 @@ def _matrix(block: fx.GraphModule) -> int:
         if conv.bias is not None:
             linear.bias = nn.Parameter(conv.bias.detach().clone())
         swap(block, node, linear)
-        _between(block, node, linear.weight.shape[0], len(conv.kernel))
+        _between(block, node, linear.weight.shape[0], len(conv.kernel), maps)
         done += 1
     return done
 
 
-def _between(block: fx.GraphModule, node: fx.Node, channels: int, dims: int) -> None:
-    """Flatten what enters `node`, and make a map again of what leaves it and the activations after it."""
+def _between(block: fx.GraphModule, node: fx.Node, channels: int, dims: int, maps: set[fx.Node]) -> None:
+    """Flatten what enters `node`, and make a map again of what leaves it and the activations after it. `maps`: the
+    nodes that did so for products before this one."""
     before, last = source(node), node
-    leaf = leaf_of(block, before)
-    if isinstance(leaf, Reshape) and leaf.shape == (leaf.shape[0], *(1,) * dims) and len(before.users) == 1:
-        node.replace_input_with(before, source(before))  # what the one before has made a map again
+    if before in maps and len(before.users) == 1:
+        node.replace_input_with(before, source(before))
         block.graph.erase_node(before)
     else:
         node.replace_input_with(before, _called(block, f"{node.name}_flat", Flatten(), before))
@@ -110,6 +112,7 @@ def _between(block: fx.GraphModule, node: fx.Node, channels: int, dims: int) -> 
         last = user
     after = _called(block, f"{node.name}_map", Reshape((channels, *(1,) * dims), keep_batch=True), last)
     last.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+    maps.add(after)
 
 
 def _called(block: fx.GraphModule, name: str, leaf: nn.Module, value: fx.Node) -> fx.Node:

@@ -16,6 +16,7 @@ from hantc.ops.channels import is_depthwise
 
 _ROWS = 12288  # positions that a fit looks at, at most
 _ROWS_EACH = 64  # for each weight of a channel, where channels are fitted one by one
+_ROWS_LEAST = 512  # for a channel
 _RIDGE = 3e-3  # of the mean energy of the inputs: keeps weights near where they start
 
 
@@ -82,7 +83,7 @@ def solve_conv(
     ridge regression drawn towards the weights `start`, on at most `rows` positions. None where it has no solution."""
     if is_depthwise(conv):
         # few unknowns each: more positions would hardly change them, and take memory traffic
-        patches, wanted = _rows(conv, x, target, min(rows, _ROWS_EACH * math.prod(conv.kernel)))
+        patches, wanted = _rows(conv, x, target, min(rows, max(_ROWS_LEAST, _ROWS_EACH * math.prod(conv.kernel))))
         design = patches.transpose(0, 1).contiguous()  # (C, P, k²)
         origin = start.flatten(1).unsqueeze(2)  # (C, k², 1)
         goal = wanted.t().unsqueeze(2)  # (C, P, 1)
@@ -118,6 +119,14 @@ def _ridge(design: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor]
     return weight, level - centre @ weight
 
 
+def _spread(count: int, most: int) -> Tensor:
+    """`most` of the numbers below `count`: one at random, but the same each time, in each of as many equal parts. Even
+    steps may be multiples of a map's width, and see its corners alone."""
+    part = count / most
+    jitter = torch.rand(most, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return ((torch.arange(most, dtype=torch.float64) + jitter) * part).long().clamp_max(count - 1)
+
+
 def _rows(conv: Conv, x: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Up to `most` positions spread over all images: what the kernel sees there, (P, C, k²), and what it should
     give, (P, C')."""
@@ -125,7 +134,7 @@ def _rows(conv: Conv, x: Tensor, target: Tensor, most: int) -> tuple[Tensor, Ten
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel, conv.stride, conv.dilation
     n, _, height, width = target.shape
     count = n * height * width
-    at = torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).long()
+    at = _spread(count, min(count, most))
     image, row, column = at // (height * width), at // width % height, at % width
     rows = row[:, None] * sh + torch.arange(kh).repeat_interleave(kw) * dh  # (P, k²)
     columns = column[:, None] * sw + torch.arange(kw).repeat(kh) * dw

@@ -120,6 +120,30 @@ def test_convolutions_in_a_row_become_one(pair: tuple[Conv, Conv]) -> None:
     assert kinds(made).count("Conv") == 1
 
 
+def test_a_map_made_by_the_network_itself_is_flattened() -> None:
+    class Blocks(nn.Module):
+        """2×2 pixels as channels of one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fold, self.conv = Reshape((16, 1, 1), keep_batch=True), Conv(16, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.conv(self.fold(x))
+            return y
+
+    assert kinds(formed(traced(Blocks(), (4, 2, 2)), "matrix")) == ["Reshape", "Flatten", "Linear", "Reshape"]
+
+
+def test_what_fits_follows_from_structure_alone() -> None:
+    """Blocks that are alike are looked at once: a bias of zeros would let this pair merge, another would not."""
+    pair = nn.Sequential(Conv(4, 8), Conv(8, 4, 3))
+    with torch.no_grad():
+        pair[0].bias.zero_()  # type: ignore[operator]
+    whole = trace(pair.eval(), (4, 6, 6), (4, 6, 6))
+    assert "could be one" in reason(whole, "merged")
+
+
 def test_merging_has_a_limit() -> None:
     pair = nn.Sequential(Conv(64, 2), Conv(2, 64))  # 16 times the multiplications
     assert "could be one" in reason(traced(pair, (64, 4, 4)), "merged")

@@ -62,6 +62,23 @@ def test_jobs_train_beside_each_other_without_mixing(lab: Lab) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
+def test_what_is_exact_stays_as_it_is_and_what_is_derived_learns_now_and_then(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "RUNGS", ())  # nobody drops out
+    assert lab.matched.network is not None and lab.matched.match is not None
+    region = lab.matched.match.region("r03")
+    ctx = lab.fresh(effort={"distill_epochs": 2})
+    specs = STACK, CandidateSpec.make("slim", keep=0.5, act="same", se="same", kernel=0), CandidateSpec("teacher_s2d")
+    free, derived, exact = (Job(region, s, built(region, STACK), s.family) for s in specs)
+    exact.module.requires_grad_(False)
+    assert any(isinstance(m, BatchNorm) for m in exact.module.modules())
+    before = copy.deepcopy(exact.module.state_dict())
+    train(lab.matched.network, [free, derived, exact], ctx, lab.labelled, Checkpoint(ctx.store, "cccc"))
+    assert all(torch.equal(v, before[k]) for k, v in exact.module.state_dict().items())
+    assert derived.steps == (free.steps + 2) // 3 >= 1
+
+
 def test_images_far_beyond_the_rest_are_not_trained_on(lab: Lab) -> None:
     assert lab.matched.network is not None and lab.matched.match is not None
     region = lab.matched.match.region("r03")

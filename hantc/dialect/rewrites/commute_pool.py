@@ -26,8 +26,9 @@ class CommutePool:
     def apply(self, gm: fx.GraphModule) -> Outcome:
         """Exchange every such pair that takes more arithmetic as it is."""
         log, lazy = Log(self.name), Lazy(gm)
+        moved: set[fx.Node] = set()
         for first, leaf in calls(gm, nn.Module):
-            second = sole_user(first)
+            second = sole_user(first) if first not in moved else None
             other = leaf_of(gm, second) if second is not None else None
             if second is None or not ((_means(leaf) and _points(other)) or (_points(leaf) and _means(other))):
                 continue
@@ -37,6 +38,7 @@ class CommutePool:
                 continue
             log.did(note, first, second)
             _exchange(first, second)
+            moved |= {first, second}
             lazy = Lazy(gm)
         return log.finish(gm)
 

@@ -17,13 +17,13 @@ def _pointwise(conv: Conv) -> bool:
     return math.prod(conv.kernel) == 1
 
 
-def _plain_first(first: Conv, second: Conv) -> str:
-    """Why pointwise `first` and `second` cannot become one; "" if they can."""
+def _plain_first(first: Conv, second: Conv, *, structural: bool) -> str:
+    """Why pointwise `first` and `second` cannot become one; "" if they can. `structural`: whatever their values are."""
     if any(s != 1 for s in first.stride):
         return "the pointwise convolution skips pixels"
     if any(first.pads):
         return "the pointwise convolution pads"
-    if any(second.pads) and first.bias is not None and bool(first.bias.any()):
+    if any(second.pads) and first.bias is not None and (structural or bool(first.bias.any())):
         return "the second pads with zeros, where the first would give its bias"
     return ""
 
@@ -38,7 +38,7 @@ def _why_not(gm: fx.GraphModule, a: fx.Node, b: fx.Node, first: Conv, second: Co
     if _pointwise(second) and not any(second.pads):
         return ""
     if _pointwise(first):
-        return _plain_first(first, second)
+        return _plain_first(first, second, structural=grouped)
     return "neither is a plain pointwise convolution"
 
 
@@ -62,9 +62,15 @@ def _merged(first: Conv, second: Conv) -> Conv:
     return made
 
 
+def _size(first: Conv, second: Conv) -> int:
+    """Weights of the one convolution for both."""
+    kernel = first.kernel if _pointwise(second) and not any(second.pads) else second.kernel
+    return second.weight.shape[0] * first.weight.shape[1] * first.groups * math.prod(kernel)
+
+
 class MergeConvs:
     """k×k and 1×1 convolutions (either order) → one k×k, where that takes no more arithmetic. With `growth`: grouped
-    ones too, where it takes no more than so many times as much."""
+    ones too, where it takes no more than so many times as much, and only what their structure alone allows."""
 
     name = "merge_convs"
 
@@ -87,14 +93,13 @@ class MergeConvs:
             if before is None or after is None:
                 log.miss("sizes are unknown, so whether merging saves arithmetic is too", a, b)
                 continue
-            merged = _merged(first, second)
             old = math.prod(before[2:]) * first.weight.numel() + math.prod(after[2:]) * second.weight.numel()
-            new = math.prod(after[2:]) * merged.weight.numel()
+            new = math.prod(after[2:]) * _size(first, second)
             if new > (self.growth or 1.0) * old:
                 log.miss(f"one convolution would take {new:,} multiply-accumulates, the two take {old:,}", a, b)
                 continue
             log.did(f"merged into {b.name}: {old:,} → {new:,} multiply-accumulates", a, b)
-            swap(gm, b, merged)
+            swap(gm, b, _merged(first, second))
             b.args = a.args
             gm.graph.erase_node(a)
         return log.finish(gm)

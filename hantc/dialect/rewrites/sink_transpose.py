@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from hantc.dialect.activation import Clip, HardSigmoid, HardSwish, LeakyRelu, Silu, Unary
 from hantc.dialect.elementwise import Binary
 from hantc.dialect.graph import leaf_of
-from hantc.dialect.rewrites.base import Log, Outcome, calls, constant, shared, sole_user, source, swap
+from hantc.dialect.rewrites.base import Log, Outcome, calls, constant, shared, source, swap
 from hantc.dialect.shape import Concat, Pad, Transpose
 
 _POINTWISE = (Unary, Silu, HardSwish, HardSigmoid, LeakyRelu, Clip, Binary)
@@ -59,10 +59,19 @@ def _awaited(gm: fx.GraphModule, node: fx.Node, inverse: Perm) -> bool:
             leaf = leaf_of(gm, user)
             if isinstance(leaf, Transpose) and leaf.perm == inverse:
                 return True
-            if isinstance(leaf, _MOVABLE) and user not in seen:
+            if (
+                isinstance(leaf, _MOVABLE)
+                and user not in seen
+                and all(_open(gm, n, seen) for n in user.all_input_nodes)
+            ):
                 seen.add(user)
                 queue.append(user)
     return False
+
+
+def _open(gm: fx.GraphModule, operand: fx.Node, seen: set[fx.Node]) -> bool:
+    """Whether an operand lets a Transpose of the others pass: it is one of them, transposed itself, or constant."""
+    return operand in seen or operand.op == "get_attr" or isinstance(leaf_of(gm, operand), Transpose)
 
 
 def _why_not(gm: fx.GraphModule, node: fx.Node, leaf: nn.Module, perm: Perm) -> str:
@@ -75,13 +84,18 @@ def _why_not(gm: fx.GraphModule, node: fx.Node, leaf: nn.Module, perm: Perm) -> 
         if isinstance(above, Transpose):
             if above.perm != perm:
                 return "its operands are transposed in different ways"
-            if sole_user(operand) is None:
+            if any(u is not node and not _undoes(gm, u, perm) for u in operand.users):
                 return f"the value of {operand.name} is used elsewhere too"
         elif value is None or isinstance(leaf, Concat):
             return f"{operand.name} is not transposed"
         elif value.dim() > len(perm):
             return f"the constant {operand.name} has more dims"
     return ""
+
+
+def _undoes(gm: fx.GraphModule, user: fx.Node, perm: Perm) -> bool:
+    leaf = leaf_of(gm, user)
+    return isinstance(leaf, Transpose) and leaf.perm == _inverse(perm)
 
 
 def _sink(gm: fx.GraphModule, node: fx.Node, leaf: nn.Module, perm: Perm) -> None:

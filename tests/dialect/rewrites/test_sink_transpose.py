@@ -126,3 +126,33 @@ def test_where_nothing_waits_nothing_moves(rewriting: Rewriting) -> None:
     nodes = [node("Transpose", "x", "a", perm=LAST), node("Relu", "a", "m"), node("Softmax", "m", "y", axis=-1)]
     r = rewriting.run(SinkTranspose(), nodes)
     assert r.applied == [] and r.missed == []
+
+
+def test_a_deep_network_settles(rewriting: Rewriting) -> None:
+    nodes, last = [node("Transpose", "x", "v0", perm=LAST)], "v0"
+    for i in range(60):
+        nodes += [
+            node("Transpose", last, f"f{i}", perm=FIRST),
+            node("Conv", f"f{i} w", f"c{i}"),
+            node("Transpose", f"c{i}", f"l{i}", perm=LAST),
+            node("Add", f"l{i} {last}", f"s{i}"),
+            node("Relu", f"s{i}", f"v{i + 1}"),
+        ]
+        last = f"v{i + 1}"
+    nodes.append(node("Transpose", last, "y", perm=FIRST))
+    weights = {"w": (0.05 * RNG.standard_normal((4, 4, 1, 1))).astype(np.float32)}
+    before = rewriting.graph(nodes, weights)
+    made, _, _ = normalize(before)
+    assert "Transpose" not in [n.op_type for n in emit(made).model.graph.node]
+    rewriting.equal(before, made)
+
+
+def test_where_the_way_to_the_inverse_is_blocked_nothing_moves(rewriting: Rewriting) -> None:
+    nodes = [
+        node("Transpose", "x", "a", perm=LAST),
+        node("Relu", "a", "r"),
+        node("Add", "r z", "m"),
+        node("Transpose", "m", "y", perm=FIRST),
+    ]
+    r = rewriting.run(SinkTranspose(), nodes, x=("N", 8, 8, 8), z=("N", 8, 8, 8))
+    assert r.applied == []
