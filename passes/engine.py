@@ -213,11 +213,18 @@ class TimeBox:
             self._start = time.monotonic()
         return self.progress < 1.0
 
+    def _spent(self) -> float:
+        return (time.monotonic() - self._start) / self.seconds if self.step else 0.0
+
     @property
     def progress(self) -> float:
         """Share done, 0…1."""
-        spent = time.monotonic() - self._start if self.step else 0.0
-        return min(1.0, self.begun + max(self.step / self.max_steps, spent / self.seconds))
+        return min(1.0, self.begun + max(self.step / self.max_steps, self._spent()))
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the time will be over before all steps are done."""
+        return self._spent() > self.step / self.max_steps
 
     def rate(self) -> float:
         """Factor on the base learning rate for the step now to be made."""

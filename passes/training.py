@@ -38,7 +38,8 @@ from hantc.passes.engine import (
 )
 from hantc.passes.state import Context
 
-_DERIVED_EVERY = 3  # steps from one of a derived candidate's to its next: it starts near its end, others far from it
+# steps from one of a derived candidate's to its next, where time is short: it starts near its end, others far from it
+_DERIVED_EVERY = 3
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 RECIPE = {
     "version": 11,
@@ -79,9 +80,9 @@ class Job:
         """Base learning rate."""
         return RATE * (DERIVED[self.spec.family].start if self.spec.family in DERIVED else 1.0)
 
-    def due(self, step: int) -> bool:
-        """Whether it learns from the batch of this step."""
-        return self.spec.family not in DERIVED or step % _DERIVED_EVERY == 0
+    def due(self, step: int, *, hurried: bool) -> bool:
+        """Whether it learns from the batch of this step. `hurried`: what it takes, the others miss."""
+        return not hurried or self.spec.family not in DERIVED or step % _DERIVED_EVERY == 0
 
 
 def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) -> dict[str, Tensor]:
@@ -147,11 +148,11 @@ def train(
         bar.advance(box.begun)
         done = box.begun
         for x, _ in training_batches(data, size, augment, ctx.config.seed):
-            values = activations(tapped, taps, x)
+            values, hurried = activations(tapped, taps, x), box.hurried
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
             for j in jobs:
-                if j.due(box.step):
+                if j.due(box.step, hurried=hurried):
                     step(j, values)
             optimizer.step()
             more = box.advance()

@@ -262,8 +262,8 @@ def _tell(facts: Mapping[str, Any], ctx: Context) -> None:
         ctx.note(facts["timing_note"])
     if facts["kept_original"]:
         ctx.note("rewriting gained nothing: the student was slower than the teacher, which was kept as it is")
-    given, student = facts["baseline_given"], facts["student"]
-    if given is not None and given["latency_ms"] < student["latency_ms"]:
+    given, student = facts.get("baseline_given"), facts.get("student")
+    if given and student and given["latency_ms"] < student["latency_ms"]:
         ctx.note(
             f"the quantised file as given takes {given['latency_ms']:.2f} ms, less than the student: a smaller "
             "--budget is needed to gain anything over it"

@@ -101,7 +101,7 @@ def _predicted(backend: TensorRTBackend, model: onnx.ModelProto) -> Any:
 def test_compiling_for_a_gpu_leaves_an_engine(
     tiny: Tiny, cli: Callable[..., Result], run_model: Callable[..., Any], tmp_path: Path
 ) -> None:
-    given = ("--target", "l4", "--data", tiny.data, "--budget", "0.9", "--effort", "quick", "--time-limit", "3s")
+    given = ("--target", "l4", "--data", tiny.data, "--budget", "0.9", "--effort", "quick", "--time-limit", "8s")
     result = cli(tiny.model, *given, "--out", tmp_path / "run", "--store", tmp_path / "store", "--json")
     assert result.code in (0, 1), result.err
     summary = result.json()
