@@ -43,14 +43,18 @@ def is_quantized(model: ModelProto) -> bool:
 
 
 def dequantized(model: ModelProto) -> Dequantized:
-    """`model` in floats. What cannot be taken apart (integers that are computed with) leaves the whole as it is."""
-    work = _Work(model)
+    """`model` in floats, or itself where nothing in it is quantised. What cannot be taken apart (integers that are
+    computed with) leaves the whole as it is."""
+    if not is_quantized(model):
+        return Dequantized(model, {})
     try:
+        work = _Work(model)
         for node in model.graph.node:
             work.take(node)
     except UnsupportedError as error:
         return Dequantized(model, {}, error.message)
-    except (KeyError, IndexError, ValueError) as error:  # scales that are computed, inputs that are missing
+    # scales that are computed, inputs that are missing, broken weights (of which the import tells more)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         return Dequantized(model, {}, f"its quantisation is of a kind that is not known: {error}")
     return Dequantized(work.finish(), work.ranges)
 

@@ -179,3 +179,12 @@ def test_what_cannot_be_taken_apart_stays(nodes: list[onnx.NodeProto], kind: int
     model = quantised(nodes, {"y": kind})
     made = dequantized(model)
     assert made.model is model and why in made.reason
+
+
+def test_what_is_not_quantised_or_broken_stays(tmp_path: Path) -> None:
+    model = network()
+    assert dequantized(model).model is model
+    broken = quantised([QUANTIZE, helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])], {"y": 1})
+    broken.graph.initializer[0].raw_data = b"1"
+    made = dequantized(broken)
+    assert made.model is broken and made.reason
