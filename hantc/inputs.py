@@ -128,10 +128,10 @@ def prepare(
         raise UsageError(
             "needs --data: exact rewrites alone do not take less memory", where="--budget-memory", hint="give images"
         )
-    given, model, notes = _in_floats(model, data is not None, reporter)
     precisions = _precisions(config, target, capabilities, exact=data is None)
     store = Store(config.store)
     _begin(config, reporter)
+    given, model, notes = _in_floats(model, data is not None, reporter)
     ctx = Context(
         config=config,
         effort=effort,

@@ -42,7 +42,7 @@ from hantc.passes.state import Context
 _DERIVED_EVERY = 3
 RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
 RECIPE = {
-    "version": 11,
+    "version": 12,
     "optimizer": "adam",
     "rate": RATE,
     "loss": "relative_mse",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -150,4 +151,7 @@ def test_a_quantised_model_is_a_teacher_in_floats(tiny: Tiny, tmp_path: Path, cl
     assert summary["baseline_given"]["latency_ms"] > 0 and summary["regions"] > 2
     assert summary["teacher"]["accuracy"] > 90 and summary["baseline_given"]["accuracy"] > 90
     assert any("quantised already" in note for note in summary["notes"])
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    (told,) = [e for e in map(json.loads, log) if e["event"] == "dequantized"]
+    assert len(told["ranges"]) > 3
     assert "File as given" in (tmp_path / "run" / "report.html").read_text()

@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hantc.core.errors import UnsupportedError
 from hantc.dialect.leaf import Array, attributes
-from hantc.dialect.opaque import captured
+from hantc.dialect.opaque import captured, rename_captured
 
 _RECTIFIED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Sum", "BatchNormalization"})
 _MOVES = frozenset(
@@ -100,6 +100,7 @@ class _Work:
         made = NodeProto()
         made.CopyFrom(node)
         made.input[:] = [self.names.get(i, i) for i in node.input]
+        rename_captured(made, self.names)
         self.nodes.append(made)
         self.producers.update(dict.fromkeys(node.output, node.op_type))
 

@@ -188,3 +188,24 @@ def test_what_is_not_quantised_or_broken_stays(tmp_path: Path) -> None:
     broken.graph.initializer[0].raw_data = b"1"
     made = dequantized(broken)
     assert made.model is broken and made.reason
+
+
+def test_values_that_subgraphs_read_are_renamed_there() -> None:
+    branches = {
+        f"{k}_branch": helper.make_graph(
+            [helper.make_node(op, ["f"], [k])], k, [], [helper.make_tensor_value_info(k, TensorProto.FLOAT, None)]
+        )
+        for k, op in (("then", "Relu"), ("else", "Neg"))
+    }
+    nodes = [
+        QUANTIZE,
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["f"]),
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Greater", ["m", "s"], ["c"]),
+        helper.make_node("If", ["c"], ["y"], **branches),
+    ]
+    model = quantised(nodes, {"y": 1})
+    made = dequantized(model)
+    assert made.reason == "" and "QuantizeLinear" not in {n.op_type for n in made.model.graph.node}
+    x = images(2, 0)
+    assert np.abs(run(made.model, x) - run(model, x)).max() <= 0.051
