@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from onnx import ModelProto
+from pydantic import TypeAdapter, ValidationError
 
+from hantc.core.atomic import to_jsonable
 from hantc.core.errors import HantcError, UsageError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Bar
@@ -43,8 +45,23 @@ class Cost:
         if ctx.config.lut is not None:
             return self._read(state, ctx, ctx.config.lut)
         meter = Meter(ctx)
-        regions = {r.name: r for r in state.match.regions}
         model = emit(state.network).model
+        key = _key(meter, state, ctx, model)
+        table = _recall(ctx, key)
+        if table is None:
+            before = len(ctx.notes)
+            table = self._measure(state, ctx, meter, model)
+            if all(r.samples > 0 for r in table.rows):  # what could not be timed is tried again
+                ctx.store.put_json("table", key, to_jsonable({"table": table, "notes": ctx.notes[before:]}))
+        paces = [round(p, 3) for p in meter.pace]
+        facts = {"measured": meter.measured, "teacher_ms": table.teacher_ms, "glue_ms": table.glue_ms}
+        ctx.reporter.event("cost", rows=len(table.rows), **facts, scale=table.scale, pace=paces)
+        return replace(state, costs=table)
+
+    def _measure(self, state: State, ctx: Context, meter: Meter, model: ModelProto) -> CostTable:
+        """The table, row by row from the store or the clock."""
+        assert state.network is not None and state.match is not None and state.proposals is not None
+        regions = {r.name: r for r in state.match.regions}
         timing, pace = meter.network(model)
         teacher_ms = timing.median_ms
         fp32_ms = meter.network_fp32(model) if ctx.base == "bf16" else None
@@ -72,11 +89,7 @@ class Cost:
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
         apart = measure_glue(meter, state, rows) if rows else None
         glue, scale = balance(state.match.regions, rows, teacher_ms, apart)
-        paces = [round(p, 3) for p in meter.pace]
-        facts = {"measured": meter.measured, "teacher_ms": teacher_ms, "glue_ms": glue, "scale": scale, "pace": paces}
-        ctx.reporter.event("cost", rows=len(rows), **facts)
-        table = CostTable(tuple(rows), teacher_ms, glue, transitions, scale, tuple(skipped), pace=pace, fp32_ms=fp32_ms)
-        return replace(state, costs=table)
+        return CostTable(tuple(rows), teacher_ms, glue, transitions, scale, tuple(skipped), pace=pace, fp32_ms=fp32_ms)
 
     @staticmethod
     def _read(state: State, ctx: Context, path: Path) -> State:
@@ -179,6 +192,29 @@ class Cost:
         except HantcError as error:
             ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
             return {ctx.base: plain}
+
+
+def _key(meter: Meter, state: State, ctx: Context, model: ModelProto) -> str:
+    """What a whole table depends on."""
+    assert state.match is not None and state.proposals is not None
+    asked = [(p.region, p.spec.name, p.macs, p.params) for p in state.proposals]
+    regions = [asdict(r) for r in state.match.regions]
+    network = digest(model.SerializeToString().hex())
+    whole = ctx.config.pool == "whole"
+    return meter.key(table=network, regions=regions, asked=asked, precisions=ctx.precisions, whole=whole)
+
+
+def _recall(ctx: Context, key: str) -> CostTable | None:
+    """The table of an earlier run on the same network, with the same candidates; None if there was none."""
+    stored: Any = ctx.store.get_json("table", key)
+    try:
+        table = TypeAdapter(CostTable).validate_python(stored["table"])
+        notes = TypeAdapter(list[str]).validate_python(stored["notes"])
+    except (TypeError, KeyError, ValidationError):  # none, or of an older version
+        return None
+    for note in notes:
+        ctx.note(note)
+    return table
 
 
 @dataclass(frozen=True)

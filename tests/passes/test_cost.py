@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ from torch import fx
 
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Capabilities
+from hantc.core.errors import HantcError
 from hantc.core.types import CandidateSpec
 from hantc.ops.registry import build
 from hantc.passes import cost
 from hantc.passes.ceilings import ceilings_of
 from hantc.passes.cost import Cost
+from hantc.passes.meter import Meter, Work
 from hantc.passes.propose import Propose
 from tests.passes.conftest import COUNTING
 
@@ -45,12 +48,62 @@ def test_real_figures_are_measured_once(lab: Lab, monkeypatch: pytest.MonkeyPatc
         built.append(spec.family)
         return build(spec, *args, **kwargs)
 
-    again = lab.fresh(backend=lab.ort, store=ctx.store)
     monkeypatch.setattr(type(lab.ort), "measure", never)
     monkeypatch.setattr(cost, "quantize_for_timing", never)
     monkeypatch.setattr(cost, "build", watch)
-    assert Cost().call(state, again).costs == first
+    assert Cost().call(state, lab.fresh(backend=lab.ort, store=ctx.store)).costs == first
+    assert not built, "the whole table was at hand"
+
+    assert state.proposals is not None
+    fewer = replace(state, proposals=state.proposals[1:])
+    rest = Cost().call(fewer, lab.fresh(backend=lab.ort, store=ctx.store)).costs
+    left = {(p.region, p.spec.name) for p in state.proposals[:1]}
+    assert rest is not None
+    assert rest.rows == tuple(r for r in first.rows if (r.region, r.candidate) not in left)
     assert set(built) == {"identity"}, "which has no figure in INT8"
+
+
+def test_a_table_at_hand_says_what_the_first_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise HantcError("not to be rounded")
+
+    monkeypatch.setattr(cost, "quantize_for_timing", refuse)
+    ctx, state = lab.fresh(backend=lab.ort), replace(lab.costed, costs=None, proposals=())
+    first = Cost().call(state, ctx).costs
+    again = lab.fresh(backend=lab.ort, store=ctx.store)
+    assert Cost().call(state, again).costs == first
+    assert again.notes == ctx.notes
+    assert any("stays in FP32: not to be rounded" in n for n in again.notes)
+
+
+@pytest.mark.parametrize("broken", [[], {"table": 1, "notes": []}, {"table": {"rows": []}, "notes": []}, {}])
+def test_a_broken_table_is_made_again(lab: Lab, monkeypatch: pytest.MonkeyPatch, broken: object) -> None:
+    ctx, state = lab.fresh(backend=lab.ort), replace(lab.costed, costs=None, proposals=())
+    first = Cost().call(state, ctx).costs
+    (entry,) = ctx.store.ls("table")
+    ctx.store.put_json("table", entry.key, broken)
+    assert Cost().call(state, lab.fresh(backend=lab.ort, store=ctx.store)).costs == first
+
+
+def test_what_could_not_be_timed_is_tried_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx, state = lab.fresh(backend=lab.ort), replace(lab.costed, costs=None)
+    assert state.proposals is not None
+    state = replace(state, proposals=tuple(p for p in state.proposals if p.spec.family != "identity")[:1])
+    real = Meter._group
+
+    def refuse(meter: Meter, group: Sequence[Work]) -> dict[str, dict[str, object]]:
+        own = [w for w in group if w.row.candidate in ("teacher", "glue")]
+        lost: dict[str, object] = {"latency_ms": 1e9, "iqr_ms": 0.0, "samples": 0}
+        return {**{w.key: lost for w in group if w not in own}, **(real(meter, own) if own else {})}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "_group", refuse)
+        first = Cost().call(state, ctx).costs
+    assert first is not None and {r.samples > 0 for r in first.rows} == {True, False}
+    assert not ctx.store.ls("table")
+    second = Cost().call(state, lab.fresh(backend=lab.ort, store=ctx.store)).costs
+    assert second is not None and all(r.samples > 0 for r in second.rows)
+    assert len(ctx.store.ls("table")) == 1
 
 
 def test_counted_figures_follow_the_products(lab: Lab) -> None:

@@ -33,7 +33,7 @@ from hantc.core.types import ScoreRow, Signature, untouched
 from hantc.inputs import make_config, prepare
 from hantc.ops.registry import build
 from hantc.passes.plug import origin_for
-from hantc.passes.program import make_problem, specs_of
+from hantc.passes.program import make_problem, parts_of, specs_of
 from hantc.passes.state import Context, State
 from hantc.passes.trials import corrected, measure_students, trials
 from hantc.pipeline import PROFILE, run_passes
@@ -85,7 +85,8 @@ def unscored(state: State) -> State:
 
 
 def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
-    """One record for every student of a model: what was predicted, before and after, and what it takes."""
+    """One record for every student of a model: what was predicted, before and after, and what it takes. Those of kind
+    "probe" are what the correction was fitted to."""
     with tempfile.TemporaryDirectory() as folder:
         store = args.store or Path(folder) / "store"
         options = {"target": args.target, "effort": args.effort, "out": Path(folder) / "out", "store": store}
@@ -97,20 +98,22 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
         rng = np.random.default_rng(args.seed)
         kinds = [False, True] if "int8" in ctx.precisions else [False]
         records: list[dict[str, Any]] = []
-        drawn = [
-            (mixed, draw(problem, rng, mixed=mixed)) for mixed in kinds for _ in range(args.selections // len(kinds))
-        ]
+        names = {False: "fp32", True: "mixed"}
+        drawn = [(names[m], draw(problem, rng, mixed=m)) for m in kinds for _ in range(args.selections // len(kinds))]
         probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
         state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
         found = measure_students(state, ctx, problem, probes)
         assert state.costs is not None
         costs = corrected(state.costs, trials(state, found))
         fixed = make_problem(replace(state, costs=costs), math.inf)
-        for (mixed, s), e in zip(drawn, measure_students(state, ctx, problem, [s for _, s in drawn]), strict=True):
+        drawn = [("probe", s) for s in probes] + drawn
+        found += measure_students(state, ctx, problem, [s for _, s in drawn[len(probes) :]])
+        for (kind, s), e in zip(drawn, found, strict=True):
             after = make_solution(fixed, s.items, optimal=False, gap=math.inf).cost
-            facts = {"model": Path(model).stem, "kind": "mixed" if mixed else "fp32", "teacher_ms": e.teacher_ms}
+            facts = {"model": Path(model).stem, "kind": kind, "teacher_ms": e.teacher_ms}
             picks = [str(problem.items[i]) for i in s.items]
-            records.append({**facts, "before": s.cost, "after": after, "measured": e.measured_ms, "picks": picks})
+            facts |= {"before": s.cost, "after": after, "measured": e.measured_ms, "picks": picks}
+            records.append({**facts, "parts": parts_of(state.costs, e.plan), "glue_ms": state.costs.glue_ms})
         return records
 
 
@@ -164,6 +167,7 @@ def main(argv: Sequence[str]) -> int:
             args.json.write_text(json.dumps(records, indent=1))
     print("| network | students | median error before | worst | median after | worst |\n|---|---|---|---|---|---|")
     good = True
+    records = [r for r in records if r["kind"] != "probe"]
     for model, kind in dict.fromkeys((r["model"], r["kind"]) for r in records):
         mine = [r for r in records if (r["model"], r["kind"]) == (model, kind)]
         cells = []
