@@ -61,8 +61,10 @@ def predict(model: onnx.ModelProto, machine: Machine, batch: int, threads: int) 
         if graph.is_free(node):
             continue
         node_flops, node_bytes = graph.flops(node), graph.bytes_moved(node)
-        peak = machine.peak_int8 if graph.in_int8(node) else machine.peak_fp32
-        if graph.in_fp16(node):
+        peak = machine.peak_fp32
+        if graph.in_int8(node):
+            peak = machine.peak_int8
+        elif graph.in_fp16(node):
             peak = machine.peak_fp16 or machine.peak_fp32
         seconds += max(node_flops / (peak * cores), node_bytes / bandwidth) + machine.op_overhead_s
         flops, moved = flops + node_flops, moved + node_bytes
@@ -105,13 +107,32 @@ class _Graph:
     def in_int8(self, node: onnx.NodeProto) -> bool:
         """All its activations come through DequantizeLinear, and leave through QuantizeLinear (or it is heavy,
         for which engines have kernels with a float result)."""
+        return self._reads_int8(node) and (node.op_type in _HEAVY or self._gives_int8(node))
+
+    def _reads_int8(self, node: onnx.NodeProto) -> bool:
+        """Through DequantizeLinear, or straight from a product that is computed with it."""
         sources = [i for i in node.input if i and i not in self.constants and self._op(i) != "Constant"]
         if node.op_type in _HEAVY and node.input[1] in self.constants and self.width[node.input[1]] > 1:
             return False  # a float weight behind an INT8 neighbour
-        if not sources or any(self._op(i) != "DequantizeLinear" for i in sources):
-            return False
+        return bool(sources) and all(
+            self._op(i) == "DequantizeLinear" or (self._in_kernel(node, i) and self._reads_int8(self.maker[i]))
+            for i in sources
+        )
+
+    def _gives_int8(self, node: onnx.NodeProto) -> bool:
+        """To QuantizeLinear, or to an activation in its kernel that does."""
         readers = self.readers[node.output[0]]
-        return node.op_type in _HEAVY or (bool(readers) and all(r.op_type == "QuantizeLinear" for r in readers))
+        if len(readers) == 1 and self._in_kernel(readers[0], node.output[0]):
+            return self._gives_int8(readers[0])
+        return bool(readers) and all(r.op_type == "QuantizeLinear" for r in readers)
+
+    def _in_kernel(self, node: onnx.NodeProto, source: str) -> bool:
+        """Whether engines compute `node` in the kernel of what makes `source`: a sum or an activation behind a product
+        that nothing else reads, or an activation behind such a sum."""
+        if len(self.readers[source]) != 1 or source in self.outputs:
+            return False
+        makers = {*_HEAVY, "Add"} if node.op_type in _FUSED else _HEAVY if node.op_type == "Add" else set()
+        return self._op(source) in makers
 
     def in_fp16(self, node: onnx.NodeProto) -> bool:
         """A product of 16-bit numbers."""
@@ -152,6 +173,8 @@ class _Graph:
         """Bytes per element as an engine keeps it: 1 between the Q and the DQ of INT8 nodes."""
         readers = self.readers[tensor]
         maker = self.maker.get(tensor)
+        if len(readers) == 1 and self._in_kernel(readers[0], tensor) and self.in_int8(readers[0]):
+            return 1
         if maker is not None and maker.op_type == "DequantizeLinear" and self.is_free(maker):
             return self.width.get(maker.input[0], 1)
         if readers and all(r.op_type == "QuantizeLinear" and self.is_free(r) for r in readers):

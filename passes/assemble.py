@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ModelProto
@@ -17,7 +17,7 @@ from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
 from hantc.dialect.floats import in_bf16
 from hantc.dialect.half import overflowing, to_fp16
-from hantc.dialect.qdq import MIN_OPSET, Calibration, QuantSpec, quantize
+from hantc.dialect.qdq import MIN_OPSET, MIN_OPSET_FP16, Calibration, QuantSpec, quantize
 from hantc.passes.plug import origin_for, replace_regions, teacher_part, trained
 from hantc.passes.state import Context, State
 
@@ -67,14 +67,14 @@ def build_student(state: State, blueprint: Blueprint, specs: Mapping[str, Candid
     return student
 
 
-def rounded_view(student: fx.GraphModule, blueprint: Blueprint, *, reduce_range: bool) -> fx.GraphModule:
+def rounded_view(student: fx.GraphModule, blueprint: Blueprint, quant: QuantSpec) -> fx.GraphModule:
     """A view of the student on the same weights, whose INT8 regions round as the emitted file will. It
     observes ranges until told otherwise (`fakequant.observing`)."""
     view = fx.GraphModule(student, student.graph)
     for name in blueprint.int8:
         region = getattr(view, name, None)
         if isinstance(region, fx.GraphModule):
-            setattr(view, name, fake_quantize(region, reduce_range=reduce_range, share=True))
+            setattr(view, name, fake_quantize(region, quant, share=True))
     view.eval()
     return view
 
@@ -116,12 +116,12 @@ def to_onnx(
 ) -> ModelProto:
     """The student as one ONNX file; INT8 regions as QDQ with ranges from `feeds`, the rest in the engine's layout."""
     regions = blueprint.int8
-    emitted = emit(student, opset=MIN_OPSET if regions else None)
+    least = MIN_OPSET_FP16 if ctx.base == "fp16" else MIN_OPSET
+    emitted = emit(student, opset=least if regions else None)
     model = emitted.model
     if regions:
         nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
-        spec = QuantSpec(reduce_range=ctx.capabilities.reduce_range, calibration=calibration)
-        model = quantize(model, nodes, feeds, spec)
+        model = quantize(model, nodes, feeds, replace(ctx.quant, calibration=calibration))
     if not ctx.capabilities.channel_block or ctx.base != "fp32":
         return model
     model, behind = anchored(model, ctx.capabilities.channel_block)

@@ -58,7 +58,7 @@ class Bench:
                 made = trained(region, spec, self.state.weights[name, candidate], origin=origin)
             made = fast_module(made)
             if precision == "int8":
-                made = fake_quantize(made, reduce_range=self.ctx.capabilities.reduce_range)
+                made = fake_quantize(made, self.ctx.quant)
                 with observing(made, self.x.shape[0]), torch.no_grad():
                     made(self.inputs[region.input])
             self.parts[key] = made

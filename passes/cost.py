@@ -19,7 +19,7 @@ from hantc.core.progress import Bar
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
-from hantc.dialect.qdq import QuantSpec, quantize_for_timing
+from hantc.dialect.qdq import quantize_for_timing
 from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.derived import structure
 from hantc.ops.registry import DERIVED, Origin, build
@@ -141,7 +141,7 @@ class Cost:
             key = meter.key(teacher=name, precision=precision)
             rounded = precision == "int8" and not meter.known(key)
             try:
-                timed = quantize_for_timing(model, _quant(ctx)) if rounded else model
+                timed = quantize_for_timing(model, ctx.quant) if rounded else model
             except HantcError as error:
                 ctx.note(f"{region.name} stays in FP32: {error.message}")
                 continue
@@ -188,7 +188,7 @@ class Cost:
         if "int8" not in ctx.precisions or spec.family == "identity":
             return {ctx.base: plain}
         try:
-            return {ctx.base: plain, "int8": quantize_for_timing(plain, _quant(ctx))}
+            return {ctx.base: plain, "int8": quantize_for_timing(plain, ctx.quant)}
         except HantcError as error:
             ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
             return {ctx.base: plain}
@@ -252,7 +252,3 @@ def _hopeful(
 
 def _advance(bar: Bar, units: float, share: float) -> None:
     bar.advance(units * share)
-
-
-def _quant(ctx: Context) -> QuantSpec:
-    return QuantSpec(reduce_range=ctx.capabilities.reduce_range)

@@ -51,6 +51,10 @@ class Deploy:
         types = "every layer in FP16"
         if wide:
             types = f"{len(wide)} layers in FP32: {', '.join(wide[:_LISTED])}{' …' if len(wide) > _LISTED else ''}"
+        products = dict(facts.get("products", {}))
+        if rounded := products.get("int8", 0):
+            rest = types if wide else "the rest in FP16"
+            types = f"{rounded} of {sum(products.values())} convolutions and matrix products in INT8, {rest}"
         ctx.note(
             f"{made.file} was built for {facts['compute_capability']} by {facts['built_by']} in "
             f"{facts['seconds']:.1f} s ({types}), and not run: no such GPU was used"

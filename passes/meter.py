@@ -200,7 +200,7 @@ class Meter:
         return results
 
     def _quant(self, precision: str) -> QuantSpec | None:
-        return QuantSpec(reduce_range=self.ctx.capabilities.reduce_range) if precision == "int8" else None
+        return self.ctx.quant if precision == "int8" else None
 
     def _tail(self, shape: Shape, precision: str, opset: int) -> float:
         """Milliseconds of a frame's tail on a tensor of `shape`, 0 where none stands there."""

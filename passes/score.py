@@ -100,7 +100,7 @@ class Score:
                 origin = origin_for(proposal.spec, state.network, state.match, region)
                 module = trained(region, proposal.spec, state.weights[region.name, candidate], origin=origin)
             if precision == "int8":
-                module = fake_quantize(module, reduce_range=ctx.capabilities.reduce_range)
+                module = fake_quantize(module, ctx.quant)
             entries.append(_Entry(region, candidate, precision, module, key, [], [], [], []))
         return stored_rows, entries
 
@@ -119,6 +119,8 @@ class Score:
             "images": ctx.effort.score_images,
             "reduce": precision == "int8" and ctx.capabilities.reduce_range,
         }
+        if precision == "int8" and ctx.capabilities.symmetric:
+            base["symmetric"] = True
         if proposal is not None:
             # their content too: weights that were lost and trained anew are others
             content = _content(state.weights[region.name, proposal.spec.name])

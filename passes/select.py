@@ -232,7 +232,7 @@ class Select:
             for e in evaluated:
                 blueprint = Blueprint.of(e.plan.choices)
                 student = build_student(state, blueprint, specs_of(state))
-                view = rounded_view(student, blueprint, reduce_range=ctx.capabilities.reduce_range)
+                view = rounded_view(student, blueprint, ctx.quant)
                 n = min(64, len(data.train))
                 with observing(view, n), torch.no_grad():
                     view(fast_layout(data.train.batch(list(range(n)))[0]))

@@ -17,6 +17,7 @@ from hantc.core.progress import Reporter
 from hantc.core.store import Store
 from hantc.core.types import CandidateSpec, CostTable, MatchResult, Plan, ScoreRow, digest
 from hantc.data.dataset import Dataset
+from hantc.dialect.qdq import QuantSpec
 from hantc.dialect.rewrites.base import Applied, Missed
 
 WeightMap = Mapping[str, Tensor]
@@ -120,6 +121,11 @@ class Context:
     def base(self) -> str:
         """The floating-point precision of all that is not quantised: fp32, on GPUs fp16, bf16 where asked for."""
         return next(p for p in self.precisions if p != "int8")
+
+    @property
+    def quant(self) -> QuantSpec:
+        """How INT8 is written for the target."""
+        return QuantSpec(reduce_range=self.capabilities.reduce_range, symmetric=self.capabilities.symmetric)
 
     @property
     def memory_limit(self) -> int:

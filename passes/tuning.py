@@ -93,7 +93,7 @@ class Tuner:
             ctx.note("opaque operations pass no gradient: fine-tuning works on the regions before them")
         self.teacher = fast_module(with_taps(network, [state.match.region(r).output for r in self.held]))
         fast_module(student)
-        self.view = rounded_view(student, blueprint, reduce_range=ctx.capabilities.reduce_range)
+        self.view = rounded_view(student, blueprint, ctx.quant)
         self.tapped = with_taps(self.view, self.held)
         self.augment = augmentation(network, data, self.kind)
         self.size = min(ctx.effort.batch_size, len(data.train))

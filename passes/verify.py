@@ -22,7 +22,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.floats import in_bf16
 from hantc.dialect.graph import count_macs, shapes_of
 from hantc.dialect.importer import import_model, model_info
-from hantc.dialect.qdq import QuantSpec, quantize_whole
+from hantc.dialect.qdq import MIN_OPSET_FP16, quantize, quantize_whole
 from hantc.passes.assemble import calibration_feeds, deployable
 from hantc.passes.state import Context, State
 
@@ -116,7 +116,8 @@ class Verify:
 
     @staticmethod
     def _baseline(state: State, ctx: Context) -> tuple[ModelProto | None, str | None]:
-        """The teacher quantised as a whole, as a user of onnxruntime would; or why it cannot be."""
+        """The teacher quantised as a whole, as a user of onnxruntime would (for other engines: as they ask for); or why
+        it cannot be."""
         if ctx.data is None:
             return None, "no --data to calibrate with"
         if ctx.from_table:
@@ -126,8 +127,11 @@ class Verify:
         assert state.network is not None
         try:
             feeds = calibration_feeds(state.network, ctx.data, 128, 16)
-            model = quantize_whole(state.model, feeds, QuantSpec(reduce_range=ctx.capabilities.reduce_range))
-            model = in_bf16(model) if ctx.base == "bf16" else model
+            if ctx.quant.symmetric:
+                model = quantize(emit(state.network, opset=MIN_OPSET_FP16).model, None, feeds, ctx.quant)
+            else:
+                model = quantize_whole(state.model, feeds, ctx.quant)
+            model = deployable(model, ctx, feeds)
             ok, why = ctx.backend.supports(model)
         except HantcError as error:
             return None, error.message

@@ -1,4 +1,6 @@
-"""TensorRT as a hantc backend: FP16 engines for GPUs that need not be here. An extra: `pip install hantc[tensorrt]`.
+"""TensorRT as a hantc backend: FP16 and INT8 engines for GPUs that need not be here.
+
+An extra: `pip install hantc[tensorrt]`.
 
 Engines are built ahead of time by NVIDIA's `tensorrt_rtx`. Running and timing one needs its GPU and is not built
 yet: latencies are the roofline model's, with the GPU's ceilings, and numbers are ONNX Runtime's on the CPU.
@@ -41,7 +43,7 @@ class TensorRTBackend:
         self.capability, self.machine = capability, machine
 
     def capabilities(self) -> Capabilities:
-        """FP16, if engines for the GPU can be built here; never measures."""
+        """FP16 and INT8, if engines for the GPU can be built here; never measures."""
         version, known = engine.version(), engine.known_capabilities()
         versions = ((engine.PACKAGE, version or ""),)
         flags = (self.capability, *predicted.ceilings(self.machine))
@@ -59,9 +61,10 @@ class TensorRTBackend:
         return Capabilities(
             available=True,
             reason=f"{engine.PACKAGE} {version} builds engines for {self.machine.name} ({self.capability})",
-            precisions=("fp16",),
+            precisions=("fp16", "int8"),
             device=device,
             measures=False,
+            symmetric=True,
             notes=(
                 f"no {self.machine.name} was used: latencies are predicted by a roofline model of it, and outputs "
                 "are ONNX Runtime's, which computes FP16 in FP32 on most CPUs",
@@ -99,6 +102,7 @@ class TensorRTBackend:
             "size_bytes": len(made.data),
             "seconds": round(made.seconds, 2),
             "layers": dict(made.layers),
+            "products": dict(made.products),
             "float32_layers": list(made.float32),
             "messages": list(made.messages),
         }

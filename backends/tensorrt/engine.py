@@ -25,17 +25,20 @@ except (ImportError, OSError, RuntimeError):  # a missing or broken library is a
 
 PACKAGE = "tensorrt_rtx"
 _TYPES = MappingProxyType({"HALF": "fp16", "FLOAT": "fp32"})  # the others as TensorRT calls them
+_PRODUCTS = frozenset({"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"})
 _MOVING = frozenset({"CAST", "CONSTANT", "SHUFFLE", "IDENTITY"})  # compute nothing
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A serialized engine. `layers`: how many of the network's layers make each type; `float32`: names of those that
-    compute in FP32; `messages`: what the builder said, warnings and errors."""
+    """A serialized engine. `layers`: how many of the network's layers make each type; `products`: how many convolutions
+    and matrix products compute in each (INT8: of dequantised values); `float32`: names of the layers that compute in
+    FP32; `messages`: what the builder said, warnings and errors."""
 
     data: bytes
     seconds: float
     layers: Mapping[str, int] = field(default_factory=dict)
+    products: Mapping[str, int] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     messages: tuple[str, ...] = ()
 
@@ -90,12 +93,13 @@ def build(model: onnx.ModelProto, capability: str, batch: int) -> Engine:
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0):
         raise HantcError(f"{PACKAGE} does not build for {capability}")
-    layers, float32 = _types(network)
+    layers, products, float32 = _types(network)
     data = builder.build_serialized_network(network, config)
     messages = tuple(dict.fromkeys(parsed.log.messages))
     if data is None:
         raise HantcError(f"TensorRT builds no engine for {capability}: {'; '.join(messages) or 'without a reason'}")
-    return Engine(bytes(data), time.monotonic() - started, MappingProxyType(layers), float32, messages)
+    seconds = time.monotonic() - started
+    return Engine(bytes(data), seconds, MappingProxyType(layers), MappingProxyType(products), float32, messages)
 
 
 def _profile(network: Any, builder: Any, batch: int) -> Any:
@@ -116,19 +120,25 @@ def _profile(network: Any, builder: Any, batch: int) -> Any:
     return profile
 
 
-def _types(network: Any) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Layers by the type that they make, and those that compute in FP32."""
+def _types(network: Any) -> tuple[dict[str, int], dict[str, int], tuple[str, ...]]:
+    """Layers by the type that they make, products by that which they compute in, and layers that compute in FP32."""
     count: Counter[str] = Counter()
-    float32 = []
+    products: Counter[str] = Counter()
+    float32, dequantised = [], set()
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if not layer.num_outputs:
             continue
         dtype = layer.get_output(0).dtype
-        count[_TYPES.get(dtype.name, dtype.name.lower())] += 1
+        name = _TYPES.get(dtype.name, dtype.name.lower())
+        count[name] += 1
+        if layer.type.name == "DEQUANTIZE":
+            dequantised.add(layer.get_output(0).name)
+        if layer.type.name in _PRODUCTS:
+            products["int8" if layer.get_input(0).name in dequantised else name] += 1
         if dtype == trt.float32 and layer.type.name not in _MOVING:
             float32.append(layer.name)
-    return dict(count), tuple(float32)
+    return dict(count), dict(products), tuple(float32)
 
 
 def _make_log() -> Any:

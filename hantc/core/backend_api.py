@@ -30,6 +30,7 @@ class Capabilities:
     measures: bool  # False: figures are predicted, never timed
     notes: tuple[str, ...] = ()  # e.g. "no VNNI: INT8 weights use a reduced range"
     reduce_range: bool = False  # INT8 weights must keep to 7 bits
+    symmetric: bool = False  # INT8 activations are signed, about zero; biases stay floats
     channel_block: int = 0  # channels in a block, where float convolutions hold activations in blocks (else 0)
 
 

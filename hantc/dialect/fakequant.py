@@ -1,7 +1,7 @@
 """INT8 arithmetic imitated in float, for scoring candidates as they will run and for training through it.
 
-The same scheme as the emitted file's: weights per output channel and symmetric (7 bits where the CPU has no
-VNNI), activations per tensor and asymmetric in 8 bits. Rounding passes gradients straight through.
+The same scheme as the emitted file's (`QuantSpec`): weights per output channel and symmetric (7 bits where the CPU
+has no VNNI), activations per tensor in 8 bits, asymmetric on CPUs. Rounding passes gradients straight through.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Binary
 from hantc.dialect.linear import Linear, MatMul
+from hantc.dialect.qdq import QuantSpec
 from hantc.dialect.ranges import robust_range
 
 _MANY = 8  # images, for some of them to be outliers
@@ -30,14 +31,15 @@ def quantize_weight(weight: Tensor, *, bits: int) -> Tensor:
 
 
 class ActivationQuant(nn.Module):
-    """Asymmetric 8-bit rounding of a tensor over the range chosen while observing (`robust_range`). With
-    `rounding` off it is the identity and costs nothing: looking for ranges reads every activation twice."""
+    """8-bit rounding of a tensor over the range chosen while observing (`robust_range`), `symmetric` about zero or
+    not. With `rounding` off it is the identity and costs nothing: looking for ranges reads every activation twice."""
 
     low: Tensor
     high: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, symmetric: bool = False) -> None:
         super().__init__()
+        self.symmetric = symmetric
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.observing, self.rounding = True, True
@@ -56,9 +58,13 @@ class ActivationQuant(nn.Module):
             self.high = torch.clamp(self.high, min=high)
         if not self.active:
             return x
-        scale = ((self.high - self.low) / 255).clamp_min(1e-12)
-        zero = torch.round(-self.low / scale).to(torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+        if self.symmetric:
+            scale = (torch.maximum(self.high, -self.low) / 127).clamp_min(1e-12)
+            zero, lowest, highest = torch.zeros_like(scale, dtype=torch.int32), -127, 127
+        else:
+            scale = ((self.high - self.low) / 255).clamp_min(1e-12)
+            zero, lowest, highest = torch.round(-self.low / scale).to(torch.int32), 0, 255
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, lowest, highest)
 
 
 def _range(x: Tensor, images: int) -> tuple[float, float]:
@@ -77,10 +83,10 @@ def _range(x: Tensor, images: int) -> tuple[float, float]:
 class QuantizedProduct(nn.Module):
     """A convolution or linear leaf with its input and weight rounded. The leaf's parameters stay its own."""
 
-    def __init__(self, leaf: Conv | Linear, bits: int) -> None:
+    def __init__(self, leaf: Conv | Linear, spec: QuantSpec) -> None:
         super().__init__()
-        self.leaf, self.bits = leaf, bits
-        self.input = ActivationQuant()
+        self.leaf, self.bits = leaf, 7 if spec.reduce_range else 8
+        self.input = ActivationQuant(symmetric=spec.symmetric)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the leaf."""
@@ -90,12 +96,13 @@ class QuantizedProduct(nn.Module):
 
 
 class QuantizedBinary(nn.Module):
-    """An addition (the residual sum stays in INT8) or a product of two activations, both operands rounded."""
+    """An addition (the residual sum stays in INT8) or a product of two activations, both operands rounded but the one
+    that is summed in its own product's kernel (`fused`: which)."""
 
-    def __init__(self, leaf: Binary | MatMul) -> None:
+    def __init__(self, leaf: Binary | MatMul, spec: QuantSpec, fused: int | None = None) -> None:
         super().__init__()
         self.leaf = leaf
-        self.a, self.b = ActivationQuant(), ActivationQuant()
+        self.a, self.b = (nn.Identity() if i == fused else ActivationQuant(symmetric=spec.symmetric) for i in range(2))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """As the leaf."""
@@ -103,26 +110,37 @@ class QuantizedBinary(nn.Module):
         return out
 
 
-def fake_quantize(module: fx.GraphModule, *, reduce_range: bool, share: bool = False) -> fx.GraphModule:
+def fake_quantize(module: fx.GraphModule, spec: QuantSpec, *, share: bool = False) -> fx.GraphModule:
     """A copy of a graph of leaves with rounded products and sums (`share`: of the graph, on the same leaves).
     Norms should be folded before. It observes ranges until `calibrated` has run."""
     made = fx.GraphModule(module, copy.deepcopy(module.graph)) if share else copy.deepcopy(module)
-    bits = 7 if reduce_range else 8
     for node in made.graph.nodes:
         if node.op != "call_module":
             continue
         leaf = made.get_submodule(str(node.target))
         wrapped: nn.Module | None = None
         if isinstance(leaf, (Conv, Linear)):
-            wrapped = QuantizedProduct(leaf, bits)
+            wrapped = QuantizedProduct(leaf, spec)
         elif len(node.all_input_nodes) == 2 and (
             isinstance(leaf, MatMul) or (isinstance(leaf, Binary) and leaf.op == "Add")
         ):
-            wrapped = QuantizedBinary(leaf)
+            wrapped = QuantizedBinary(leaf, spec, _fused(made, node) if spec.symmetric else None)
         if wrapped is not None:
             owner, _, name = str(node.target).rpartition(".")
             setattr(made.get_submodule(owner), name, wrapped)
     return made
+
+
+def _fused(module: fx.GraphModule, node: fx.Node) -> int | None:
+    """Which operand of a sum is a product that nothing else reads."""
+    leaf = module.get_submodule(str(node.target))
+    if not isinstance(leaf, Binary):
+        return None
+    for i, operand in enumerate(node.all_input_nodes):
+        made_by = module.get_submodule(str(operand.target)) if operand.op == "call_module" else None
+        if isinstance(made_by, QuantizedProduct) and len(operand.users) == 1:
+            return i
+    return None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from hantc.dialect import qdq_graph as edit
 
 LARGEST = 65504.0  # of FP16
 _NO_FP16 = ("EyeLike", "Range", "NonMaxSuppression")
-_NO_FP16_BELOW_19 = ("QuantizeLinear", "DequantizeLinear")
+_SCALES_IN_FP16 = 19  # first opset in which Quantize/DequantizeLinear take them
 HEADROOM = 4.0  # values seen on some images are this far below it at least: others may be larger
 
 
@@ -35,8 +35,11 @@ def to_fp16(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.Model
     edit.name_nodes(work.graph)
     edit.lift_constants(work.graph)  # the converter changes weights alone
     del work.graph.value_info[:]  # inferred anew: files may declare other types than their nodes make
-    blocked = [*DEFAULT_OP_BLOCK_LIST, *_NO_FP16, *(_NO_FP16_BELOW_19 if edit.opset_of(work) < 19 else ())]
+    blocked = [*DEFAULT_OP_BLOCK_LIST, *_NO_FP16]
+    rounded = any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in work.graph.node)
     try:
+        if rounded and edit.opset_of(work) < _SCALES_IN_FP16:
+            work = onnx.version_converter.convert_version(work, _SCALES_IN_FP16)
         half = convert_float_to_float16(work, keep_io_types=True, op_block_list=blocked, node_block_list=sorted(keep))
         del half.graph.value_info[:]
         _drop_twins(half.graph)

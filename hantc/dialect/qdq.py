@@ -1,7 +1,7 @@
 """INT8 quantisation of an ONNX model in QDQ form, with onnxruntime.quantization.
 
 Weights are symmetric int8 per output channel, activations asymmetric uint8 per tensor, biases int32: what ONNX
-Runtime's x86 kernels are made for. Three entry points:
+Runtime's x86 kernels are made for. `QuantSpec.symmetric` is TensorRT's scheme instead. Three entry points:
 
 - `quantize`: the named nodes, ranges from data. Q/DQ appear only where a quantised part meets a float one.
 - `quantize_for_timing`: the same graph with invented ranges, in milliseconds.
@@ -24,6 +24,7 @@ from hantc.core.errors import HantcError
 from hantc.dialect import qdq_graph as edit
 
 MIN_OPSET = 13  # first with per-channel (axis) Quantize/DequantizeLinear
+MIN_OPSET_FP16 = 19  # first with scales in FP16
 
 # invented for timing, where only the kernels matter
 _TIMING_LOW, _TIMING_HIGH = -4.0, 4.0
@@ -35,13 +36,16 @@ Calibration = Literal["robust", "minmax", "percentile", "entropy"]
 @dataclass(frozen=True)
 class QuantSpec:
     """How to quantise. `reduce_range`: weights keep to 7 bits, needed on x86 without VNNI, whose kernels add
-    8-bit products in saturating 16 bits (see `Capabilities.reduce_range`). `calibration`: how a tensor's range
+    8-bit products in saturating 16 bits (see `Capabilities.reduce_range`). `symmetric`: activations are int8 around
+    zero, biases stay floats, and what an engine computes in a product's own kernel (an activation, a residual sum)
+    follows it unrounded, as TensorRT asks for. `calibration`: how a tensor's range
     follows from data; `robust` cuts off what only a few images reach (`ranges.robust_range`); `percentile`
     (99.999 %) and `entropy`, onnxruntime's own, cut off single values, and cost more memory and time."""
 
     reduce_range: bool
     per_channel: bool = True
     calibration: Calibration = "minmax"
+    symmetric: bool = False
 
 
 def quantize(
@@ -56,7 +60,7 @@ def quantize(
     """
     from hantc.dialect import qdq_ort, qdq_ranges
 
-    work, selected = _start(model, nodes)
+    work, selected = _start(model, nodes, spec)
     if not selected:
         return work
     _need_data(calibration)
@@ -75,7 +79,7 @@ def quantize_for_timing(
     Runs no inference and touches no file: 3 to 25 ms of CPU for a candidate block, most of it onnxruntime's
     quantiser. HantcError as for `quantize`.
     """
-    work, selected = _start(model, nodes)
+    work, selected = _start(model, nodes, spec)
     if not selected:
         return work
     low, high = np.array(_TIMING_LOW, dtype=np.float32), np.array(_TIMING_HIGH, dtype=np.float32)
@@ -102,7 +106,7 @@ def quantize_whole(model: onnx.ModelProto, calibration: Sequence[Feeds], spec: Q
     )
 
 
-def _start(model: onnx.ModelProto, nodes: Collection[str] | None) -> tuple[onnx.ModelProto, list[str]]:
+def _start(model: onnx.ModelProto, nodes: Collection[str] | None, spec: QuantSpec) -> tuple[onnx.ModelProto, list[str]]:
     """A copy of the model that is ready for the quantiser, and the names of the nodes to quantise in it."""
     opset = edit.opset_of(model)
     if opset < MIN_OPSET:
@@ -120,7 +124,8 @@ def _start(model: onnx.ModelProto, nodes: Collection[str] | None) -> tuple[onnx.
     edit.lift_constants(work.graph)
     edit.infer_types(work)
     edit.pool_means(work)
-    selected = edit.select_nodes(work, None if nodes is None else set(nodes))
+    followers = edit.FUSED_FOLLOWERS if spec.symmetric else edit.FOLLOWERS
+    selected = edit.select_nodes(work, None if nodes is None else set(nodes), followers)
     edit.unshare_initializers(work.graph, set(selected))
     return work, selected
 
@@ -136,10 +141,21 @@ def _finish(
     from hantc.dialect import qdq_ort
 
     activations = {o for n in work.graph.node if n.name in selected and n.op_type in edit.ABSORBED for o in n.output}
-    work = qdq_ort.insert_qdq(work, selected, ranges, per_channel=spec.per_channel, reduce_range=spec.reduce_range)
+    work = qdq_ort.insert_qdq(
+        work,
+        selected,
+        ranges,
+        per_channel=spec.per_channel,
+        reduce_range=spec.reduce_range,
+        symmetric=spec.symmetric,
+    )
     edit.fold_quantised_constants(work.graph)
     absorbed = activations - {o for n in work.graph.node if n.op_type in edit.ABSORBED for o in n.output}
-    edit.tidy_borders(work.graph, set(selected), absorbed)
+    floats = edit.FUSED_WITH_FLOAT_RESULT if spec.symmetric else edit.WITH_FLOAT_RESULT
+    edit.tidy_borders(work.graph, set(selected), absorbed, floats)
+    if spec.symmetric:
+        edit.fuse_behind_products(work.graph)
+    edit.drop_unread(work.graph)
     edit.restore_header(work, model)
     return work
 

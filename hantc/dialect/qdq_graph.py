@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ FOLLOWERS = frozenset(
         "GlobalAveragePool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad",
     }
 )  # fmt: skip
+# The same for engines that compute activations in the kernel of the product before them: these round nothing then, and
+# neither does a mean, whose few values are cheap in floats.
+FUSED_FOLLOWERS = FOLLOWERS - {"Mul", "Sigmoid", "GlobalAveragePool"}
+# What has INT8 kernels that give floats: in ONNX Runtime, and in engines that compute sums and activations so
+WITH_FLOAT_RESULT = frozenset({"Gemm", "MatMul"})
+FUSED_WITH_FLOAT_RESULT = PRODUCTS | {"Add", "Relu", "Clip", "LeakyRelu"}
 # forms of a Constant node that hold numbers; None: as a tensor
 _CONSTANTS: dict[str, Any] = {
     **{"value": None, "value_float": np.float32, "value_floats": np.float32},
@@ -29,6 +36,7 @@ _CONSTANTS: dict[str, Any] = {
 # Followers that onnxruntime's quantiser drops: the limits of the uint8 range do their work.
 ABSORBED = frozenset({"Relu", "Clip"})
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu"})
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -86,7 +94,7 @@ def pool_means(model: onnx.ModelProto) -> None:
             del node.attribute[:]
 
 
-def select_nodes(model: onnx.ModelProto, names: set[str] | None) -> list[str]:
+def select_nodes(model: onnx.ModelProto, names: set[str] | None, followers: Collection[str] = FOLLOWERS) -> list[str]:
     """Names of the nodes to quantise, in graph order, out of `names` (None: all).
 
     Products of float32 tensors whose weight is a constant (for MatMul: of any), and followers with a quantised
@@ -106,7 +114,7 @@ def select_nodes(model: onnx.ModelProto, names: set[str] | None) -> list[str]:
             continue
         if node.op_type in PRODUCTS:
             ok = {*node.input[:2], *node.output} <= floats and (node.op_type == "MatMul" or node.input[1] in constants)
-        elif node.op_type in FOLLOWERS:
+        elif node.op_type in followers:
             ok = any(i in quantised for i in node.input) and set(node.output) <= floats
             ok = ok and _worth_following(node, constants, makers)
         else:
@@ -189,18 +197,29 @@ def fold_quantised_constants(graph: onnx.GraphProto) -> None:
         graph.initializer.append(numpy_helper.from_array(small, node.output[0]))
         folded.add(k)
     _drop(graph, folded)
-    read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
+    drop_unread(graph)
+
+
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove the initializers that nothing reads."""
+    read = _read_in(graph)
     kept = [i for i in graph.initializer if i.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
 
 
-def tidy_borders(graph: onnx.GraphProto, selected: set[str], absorbed: set[str]) -> None:
+def tidy_borders(
+    graph: onnx.GraphProto,
+    selected: set[str],
+    absorbed: set[str],
+    with_float_result: Collection[str] = WITH_FLOAT_RESULT,
+) -> None:
     """Leave Q/DQ only where they are needed.
 
-    A float tensor that both float and quantised nodes read: float nodes get it unrounded. A Gemm's or MatMul's
-    result that only float nodes read: no Q/DQ, the INT8 kernels give floats. `absorbed`: outputs of the
-    activations that the quantiser dropped, whose Q/DQ do the clipping and must stay.
+    A float tensor that both float and quantised nodes read: float nodes get it unrounded. What a node of the types
+    `with_float_result` makes and only float nodes read: no Q/DQ, the INT8 kernels give floats. `absorbed`: outputs of
+    the activations that the quantiser dropped, whose Q/DQ do the clipping and must stay.
     """
     makers = {o: n for n in graph.node for o in n.output}
     readers: dict[str, list[NodeProto]] = defaultdict(list)
@@ -226,12 +245,45 @@ def tidy_borders(graph: onnx.GraphProto, selected: set[str], absorbed: set[str])
             else:
                 for node in in_float:
                     _rename(node.input, dequantised, source)
-        elif maker.op_type in ("Gemm", "MatMul") and not in_int8 and not {source, dequantised} & absorbed:
+        elif maker.op_type in with_float_result and not in_int8 and not {source, dequantised} & absorbed:
             if dequantised in outputs:
                 _rename(maker.output, source, dequantised)
             for node in in_float:
                 _rename(node.input, dequantised, source)
             dead |= {q.output[0], dequantised}
+    _drop(graph, {k for k, n in enumerate(graph.node) if n.op_type in _QDQ and n.output[0] in dead})
+
+
+def fuse_behind_products(graph: onnx.GraphProto) -> None:
+    """Drop the rounding between a product and what engines compute in its kernel: an activation that alone reads it,
+    or a sum with something else that is rounded, and the activation behind that sum."""
+    makers = {o: n for n in graph.node for o in n.output}
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for i in node.input:
+            readers[i].append(node)
+    outputs = {o.name for o in graph.output}
+    dead: set[str] = set()
+
+    def unrounded(node: NodeProto, place: int, before: Collection[str]) -> bool:
+        """Whether `node` now reads at `place` what one of the kinds `before` makes for it alone, as it is made."""
+        dq = makers.get(node.input[place])
+        q = makers.get(dq.input[0]) if dq is not None and dq.op_type == "DequantizeLinear" else None
+        maker = makers.get(q.input[0]) if q is not None and q.op_type == "QuantizeLinear" else None
+        if dq is None or q is None or maker is None or maker.op_type not in before:
+            return False
+        way = (q.input[0], q.output[0], dq.output[0])
+        if outputs & set(way) or any(len(readers[t]) > 1 for t in way):
+            return False
+        dead.update(way[1:])
+        node.input[place] = way[0]
+        return True
+
+    for node in graph.node:
+        if node.op_type in _ACTIVATIONS:
+            unrounded(node, 0, (*PRODUCTS, "Add"))
+        elif node.op_type == "Add":
+            any(unrounded(node, place, PRODUCTS) for place in range(2))  # one of them: the other stays rounded
     _drop(graph, {k for k, n in enumerate(graph.node) if n.op_type in _QDQ and n.output[0] in dead})
 
 
@@ -245,6 +297,14 @@ def restore_header(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
     made = {o for n in model.graph.node for o in n.output}
     del model.graph.value_info[:]
     model.graph.value_info.extend(v for v in original.graph.value_info if v.name in made)
+
+
+def _read_in(graph: onnx.GraphProto) -> set[str]:
+    """Names that nodes read, those of subgraphs among them, and the outputs."""
+    found = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
+    for inner in (a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH):
+        found |= _read_in(inner)
+    return found
 
 
 def _drop(graph: onnx.GraphProto, positions: set[int]) -> None:

@@ -71,9 +71,16 @@ class _Quantizer(QDQQuantizer):  # type: ignore[misc]  # onnxruntime is untyped
 
 
 def insert_qdq(
-    model: onnx.ModelProto, selected: Sequence[str], ranges: Ranges, *, per_channel: bool, reduce_range: bool
+    model: onnx.ModelProto,
+    selected: Sequence[str],
+    ranges: Ranges,
+    *,
+    per_channel: bool,
+    reduce_range: bool,
+    symmetric: bool = False,
 ) -> onnx.ModelProto:
     """Insert Q/DQ around the selected nodes, in place. Constants keep their float value and get a Q/DQ pair.
+    `symmetric`: activations in int8 around zero, biases left in floats.
 
     `model` has the type of every tensor in its value_info; `ranges` covers every float tensor that a selected
     node touches. HantcError if onnxruntime's quantiser fails.
@@ -87,12 +94,12 @@ def insert_qdq(
                 per_channel,
                 reduce_range,
                 QuantType.QInt8,
-                QuantType.QUInt8,
+                QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 TensorsData(CalibrationMethod.MinMax, ranges),
                 list(selected),
                 [],
                 sorted(types),
-                {"AddQDQPairToWeight": True},
+                {"AddQDQPairToWeight": True, "ActivationSymmetric": symmetric, "QuantizeBias": not symmetric},
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from hantc.backends.prediction import Machine, predict
+from hantc.backends.prediction import Machine, _Graph, predict
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import ModelError
@@ -78,6 +78,41 @@ def test_int8_is_faster_and_moves_less() -> None:
     scale_and_zero = 2 * 5  # of the two border nodes
     assert int8.bytes_moved == conv_bytes + 400 * 5 + 800 * 5 + scale_and_zero
     assert int8.latency_ms < fp32.latency_ms
+
+
+def test_what_is_computed_in_a_products_kernel_is_not_moved() -> None:
+    """Engines that round behind the activation: it costs nothing, and the product's result is kept in bytes."""
+    absorbed, fused = conv(int8=True), conv(int8=True)
+    fused.graph.node[3].output[0] = "r"
+    fused.graph.node.insert(4, helper.make_node("Relu", ["r"], ["c"]))
+    for machine in (FLAT, THIN):
+        want, got = (predict(m, machine, batch=1, threads=1) for m in (absorbed, fused))
+        assert got.latency_ms == pytest.approx(want.latency_ms)
+        assert (got.flops, got.bytes_moved) == (want.flops, want.bytes_moved)
+    fused.graph.output.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, ["N", 8, 10, 10]))
+    assert (
+        predict(fused, FLAT, batch=1, threads=1).bytes_moved > predict(absorbed, FLAT, batch=1, threads=1).bytes_moved
+    )
+
+
+def test_a_sum_behind_an_int8_product_is_int8() -> None:
+    made = conv(int8=True)
+    made.graph.node[3].output[0] = "r"
+    weight = numpy_helper.from_array(np.ones((8, 4, 3, 3), np.float32), "other")
+    made.graph.initializer.append(weight)
+    shortcut = [
+        helper.make_node("Conv", ["x", "other"], ["o"], pads=[1] * 4),
+        helper.make_node("QuantizeLinear", ["o", "s", "zu"], ["oq"]),
+        helper.make_node("DequantizeLinear", ["oq", "s", "zu"], ["od"]),
+        helper.make_node("Add", ["r", "od"], ["c"]),
+    ]
+    for k, node in enumerate(shortcut):
+        made.graph.node.insert(4 + k, node)
+    graph = _Graph(made, 1)
+    by_output = {n.output[0]: n for n in graph.nodes}
+    assert graph.in_int8(by_output["c"]) and graph.in_int8(by_output["r"]) and not graph.in_int8(by_output["o"])
+    by_output["od"].op_type = "Identity"  # the other operand is a float now
+    assert not graph.in_int8(by_output["c"])
 
 
 def test_weights_are_not_looked_at_but_shapes_are_followed() -> None:

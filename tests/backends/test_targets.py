@@ -42,7 +42,7 @@ def test_built_in_targets_name_backends_that_exist() -> None:
 @pytest.mark.parametrize(("name", "capability"), GPUS.items())
 def test_gpus(name: str, capability: str) -> None:
     target = get_target(name)
-    assert (target.batch, target.precisions) == (128, ("fp16",))
+    assert (target.batch, target.precisions) == (128, ("fp16", "int8"))
     made = target.make_backend()
     assert isinstance(made, TensorRTBackend) and made.capability == capability
     assert made.machine == target.ceilings and made.machine.peak_fp16 is not None

@@ -104,21 +104,22 @@ def rms(t: Tensor) -> float:
 
 
 def calibrated(
-    network: fx.GraphModule, x: Tensor, *, reduce_range: bool = False, share: bool = False
+    network: fx.GraphModule, x: Tensor, *, reduce_range: bool = False, symmetric: bool = False, share: bool = False
 ) -> fx.GraphModule:
-    made = fake_quantize(network, reduce_range=reduce_range, share=share)
+    made = fake_quantize(network, QuantSpec(reduce_range=reduce_range, symmetric=symmetric), share=share)
     with observing(made):
         run(made, x)
     return made
 
 
-@pytest.mark.parametrize("reduce_range", [False, True])
-def test_it_is_close_to_the_emitted_file(network: fx.GraphModule, reduce_range: bool) -> None:
+@pytest.mark.parametrize(("reduce_range", "symmetric"), [(False, False), (True, False), (False, True)])
+def test_it_is_close_to_the_emitted_file(network: fx.GraphModule, reduce_range: bool, symmetric: bool) -> None:
     """Ranges and grids are the same; only the results of products that nothing quantised reads are rounded in the
     file and not here. Tolerance (root mean square): half of the rounding error, and 2 % of the outputs' spread."""
     x, seen = images(64, 1), images(32, 0)
-    file = quantize(emit(network).model, None, [{"x": seen.numpy()}], QuantSpec(reduce_range=reduce_range))
-    made = calibrated(network, seen, reduce_range=reduce_range)
+    spec = QuantSpec(reduce_range=reduce_range, symmetric=symmetric)
+    file = quantize(emit(network).model, None, [{"x": seen.numpy()}], spec)
+    made = calibrated(network, seen, reduce_range=reduce_range, symmetric=symmetric)
     plain, mine, theirs = run(network, x), run(made, x), run_file(file, x)
     assert rms(mine - plain) > 0.002 * rms(plain), "it rounds"
     assert rms(mine - theirs) < 0.02 * float(plain.std())
@@ -150,7 +151,7 @@ def test_seven_bits_are_what_a_machine_without_vnni_computes_right(network: fx.G
 
 
 def test_while_observing_it_is_the_network_itself(network: fx.GraphModule) -> None:
-    made, x = fake_quantize(network, reduce_range=False), images()
+    made, x = fake_quantize(network, QuantSpec(reduce_range=False)), images()
     assert torch.equal(run(made, x), run(network, x)), "fresh ones observe"
     with observing(made):
         assert torch.equal(run(made, x), run(network, x))
@@ -158,7 +159,7 @@ def test_while_observing_it_is_the_network_itself(network: fx.GraphModule) -> No
 
 
 def test_what_is_rounded(network: fx.GraphModule) -> None:
-    made = fake_quantize(network, reduce_range=False)
+    made = fake_quantize(network, QuantSpec(reduce_range=False))
     kinds = [type(m) for m in made.modules()]
     leaves = list(network.modules())
     assert kinds.count(QuantizedProduct) == sum(isinstance(m, (Conv, Linear)) for m in leaves) == 5
@@ -167,7 +168,7 @@ def test_what_is_rounded(network: fx.GraphModule) -> None:
 
 
 def test_a_copy_owns_its_weights_and_a_shared_one_does_not(network: fx.GraphModule) -> None:
-    own, shared = (fake_quantize(network, reduce_range=False, share=s) for s in (False, True))
+    own, shared = (fake_quantize(network, QuantSpec(reduce_range=False), share=s) for s in (False, True))
     ids = {id(p) for p in network.parameters()}
     assert not ids & {id(p) for p in own.parameters()}
     assert {id(p) for p in shared.parameters()} == ids
@@ -242,7 +243,7 @@ def test_gradients_pass_the_rounding(network: fx.GraphModule) -> None:
 def test_training_through_it_lowers_the_rounded_loss(network: fx.GraphModule) -> None:
     x = images(64)
     target = run(network, x)
-    student = fake_quantize(network, reduce_range=True)
+    student = fake_quantize(network, QuantSpec(reduce_range=True))
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.1 * p.abs().mean() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))

@@ -23,6 +23,8 @@ Array = np.ndarray[Any, Any]
 
 # 7-bit weights: right on every x86 machine that runs the tests
 SPEC = QuantSpec(reduce_range=True)
+SYMMETRIC = QuantSpec(reduce_range=False, symmetric=True)
+SPECS = [SPEC, QuantSpec(True, per_channel=False), QuantSpec(True, calibration="percentile"), SYMMETRIC]
 FIRST, SECOND = ["conv1", "relu1", "conv2", "add", "relu2"], ["conv3", "conv4"]
 
 
@@ -107,7 +109,7 @@ def qdq_of(model: onnx.ModelProto) -> list[str]:
     return [n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"]
 
 
-@pytest.mark.parametrize("spec", [SPEC, QuantSpec(True, per_channel=False), QuantSpec(True, calibration="percentile")])
+@pytest.mark.parametrize("spec", SPECS)
 def test_int8_is_near_fp32(spec: QuantSpec) -> None:
     model = cnn()
     int8 = quantize(model, None, feeds(), spec)
@@ -192,6 +194,41 @@ def test_reduced_range_keeps_weights_to_7_bits() -> None:
 
     assert largest(QuantSpec(reduce_range=True)) == 64
     assert largest(QuantSpec(reduce_range=False)) == 127
+
+
+def test_symmetric_values_are_signed_and_biases_floats() -> None:
+    int8 = quantize(cnn(), None, feeds(), SYMMETRIC)
+    inits = {i.name: i for i in int8.graph.initializer}
+    pairs = [n for n in int8.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    zeros = [numpy_helper.to_array(inits[n.input[2]]) for n in pairs]
+    assert len(pairs) > 10 and all(z.dtype == np.int8 and not z.any() for z in zeros)
+    products = [n for n in int8.graph.node if n.op_type in ("Conv", "Gemm")]
+    assert len(products) == 5
+    assert all(inits[n.input[2]].data_type == TensorProto.FLOAT for n in products)
+
+
+def test_symmetric_rounds_nothing_that_is_computed_in_a_products_kernel() -> None:
+    int8 = quantize(cnn(), None, feeds(), SYMMETRIC)
+    makers = {o: n for n in int8.graph.node for o in n.output}
+    read = {n.name: [makers[i].op_type if i in makers else i for i in n.input] for n in int8.graph.node}
+    assert read["relu1"] == ["Conv"] and read["relu2"] == ["Add"]
+    assert read["add"] == ["Conv", "DequantizeLinear"], "the shortcut alone is rounded"
+    assert read["hs"] == ["Relu"], "what only floats read is not rounded"
+    assert all(read[n][0] == "DequantizeLinear" for n in ("conv1", "conv2", "conv3", "conv4"))
+    assert qdq_of(int8)[:3] == ["x", "relu1", "hs"]
+
+
+@pytest.mark.parametrize("outputs", [("y",), ("y", "c")])
+def test_symmetric_keeps_what_others_read(outputs: tuple[str, ...]) -> None:
+    """A convolution's result that an activation and another convolution read, or the output too."""
+    n = Net()
+    c = n.conv("x", "c")
+    n.node("Add", [n.conv(n.node("Relu", [c], "r"), "d"), n.conv(c, "e")], "y")
+    model = n.model(*((name, ["N", 8, 12, 12]) for name in outputs))
+    int8 = quantize(model, None, feeds(), SYMMETRIC)
+    onnx.checker.check_model(int8)
+    for got, want in zip(run(int8, feeds()[0]), run(model, feeds()[0]), strict=True):
+        assert relative_error(got, want) < 0.05
 
 
 def test_types_of_weights_activations_and_biases() -> None:
@@ -376,3 +413,19 @@ def test_importing_is_light() -> None:
 
     code = "import sys, hantc.dialect.qdq; sys.exit(any(m.startswith(('onnxruntime', 'torch')) for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_subgraph_reads_stays() -> None:
+    """A constant that only a branch reads, from outside."""
+    n = Net()
+    c = n.conv("x", "c")
+    n.const("offset", np.full(1, 0.5))
+    branches = {}
+    for name, op in (("then_branch", "Add"), ("else_branch", "Sub")):
+        y = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        branches[name] = helper.make_graph([helper.make_node(op, [c, "offset"], [name])], name, [], [y])
+    n.node("If", [n.const("yes", True, np.bool_)], "y", **branches)
+    model = n.model(("y", ["N", 8, 12, 12]))
+    for spec in (SPEC, SYMMETRIC):
+        int8 = quantize(model, ["c"], feeds(), spec)
+        assert relative_error(run(int8, feeds()[0])[0], run(model, feeds()[0])[0]) < 0.05

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from hantc.core.backend_api import BuildSpec
 from hantc.core.types import CandidateSpec, Choice
 from hantc.dialect.fakequant import ActivationQuant, observing
+from hantc.dialect.qdq import QuantSpec
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
 from hantc.passes.state import Context, State
 
@@ -131,7 +132,7 @@ def test_int8_nodes_stand_only_in_int8_regions(lab: Lab, case: str) -> None:
 def views(lab: Lab, blueprint: Blueprint, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of the student, of its rounded view and of its file, on the same ranges."""
     student, x = student_of(lab, blueprint), images(lab)
-    view = rounded_view(student, blueprint, reduce_range=ctx.capabilities.reduce_range)
+    view = rounded_view(student, blueprint, ctx.quant)
     order = np.random.default_rng(0).permutation(len(lab.labelled.train))[:64].tolist()
     with observing(view):
         run(view, lab.labelled.train.batch(order)[0])
@@ -182,7 +183,7 @@ def test_the_range_of_weights_follows_the_machine(lab: Lab) -> None:
 def test_the_rounded_view_works_on_the_students_own_weights(lab: Lab) -> None:
     blueprint = picks(r02=("teacher", "int8"), r03=(STACK, "fp32"))
     student = student_of(lab, blueprint)
-    view = rounded_view(student, blueprint, reduce_range=False)
+    view = rounded_view(student, blueprint, QuantSpec(reduce_range=False))
     assert {id(p) for p in view.parameters()} == {id(p) for p in student.parameters()}
     assert not any(isinstance(m, ActivationQuant) for m in student.modules())
     inside = {n.split(".")[0] for n, m in view.named_modules() if isinstance(m, ActivationQuant)}

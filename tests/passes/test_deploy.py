@@ -51,6 +51,11 @@ def test_the_emitted_file_is_what_is_deployed(lab: Lab) -> None:
     assert any("every layer in FP16" in note and "not run" in note for note in ctx.notes)
 
 
+def test_products_in_int8_are_told(lab: Lab) -> None:
+    _, ctx = deployed(lab, Builder(products={"int8": 3, "fp16": 2}))
+    assert any("(3 of 5 convolutions and matrix products in INT8, the rest in FP16)" in note for note in ctx.notes)
+
+
 def test_layers_in_fp32_and_the_builders_words_are_told(lab: Lab) -> None:
     _, ctx = deployed(lab, Builder(float32_layers=["softmax", "norm"], messages=["beware"]))
     assert any("2 layers in FP32: softmax, norm" in note for note in ctx.notes)
