@@ -66,6 +66,9 @@ class DerivedFamily(Family):
         """The candidate, ready to be emitted, in evaluation mode. HantcError with the reason if rejected."""
         if reason := self.reject_origin(spec, signature, origin):
             raise HantcError(f"cannot be derived from the teacher: {reason}", where=f"candidate {spec.name}")
+        return self._made(spec, signature, origin)
+
+    def _made(self, spec: CandidateSpec, signature: Signature, origin: Origin) -> fx.GraphModule:
         with torch.no_grad():
             made = canonical(self.derive(spec, origin))
             for conv in made.modules():
@@ -76,8 +79,8 @@ class DerivedFamily(Family):
         return made
 
     def size(self, spec: CandidateSpec, signature: Signature, origin: Origin) -> tuple[int, int]:
-        """(multiply-accumulates per sample, weights) of what `make` gives."""
-        made = self.make(spec, signature, origin)
+        """(multiply-accumulates per sample, weights) of what `make` gives, of a spec that `reject_origin` lets pass."""
+        made = self._made(spec, signature, origin)
         return module_macs(made, signature.in_shape), count_params(made)
 
     def misfit(self, spec: CandidateSpec, signature: Signature) -> str:

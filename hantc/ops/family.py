@@ -59,10 +59,11 @@ class Family(ABC):
         number of channels) only the last is proposed, so that nothing is trained twice.
         """
         rejected = [(spec, self.reject(spec, signature)) for spec in self.grid()]
-        kept = {self.structure(spec, signature): spec for spec, reason in rejected if not reason}
+        structures = {spec: self.structure(spec, signature) for spec, reason in rejected if not reason}
+        kept = {structure: spec for spec, structure in structures.items()}
         rows = []
         for spec, reason in rejected:
-            twin = spec if reason else kept[self.structure(spec, signature)]
+            twin = spec if reason else kept[structures[spec]]
             rows.append((spec, reason or ("" if twin == spec else f"same as {twin.name} here")))
         return rows
 
