@@ -29,6 +29,7 @@ from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
+_VERSION = 2  # of what a table is made of beyond its rows: those made otherwise are not taken up again
 _SLACK = 0.8  # the peak may have been measured in a slower minute than the one that rows are scaled to
 
 
@@ -201,7 +202,9 @@ def _key(meter: Meter, state: State, ctx: Context, model: ModelProto) -> str:
     regions = [asdict(r) for r in state.match.regions]
     network = digest(model.SerializeToString().hex())
     whole = ctx.config.pool == "whole"
-    return meter.key(table=network, regions=regions, asked=asked, precisions=ctx.precisions, whole=whole)
+    return meter.key(
+        version=_VERSION, table=network, regions=regions, asked=asked, precisions=ctx.precisions, whole=whole
+    )
 
 
 def _recall(ctx: Context, key: str) -> CostTable | None:

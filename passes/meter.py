@@ -28,6 +28,7 @@ from hantc.passes.state import Context
 _COPIES = 4
 _GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
 _VERSION = 9  # of the measuring method: rows measured otherwise are not reused
+_BORDERS = 2  # the same of borders' figures
 _CANARY = (48, 24, 24)  # channels, height, width: about a millisecond on two cores
 
 
@@ -217,16 +218,15 @@ class Meter:
 
     def border(self, shape: Shape) -> float:
         """Milliseconds of going from floats to INT8 and back, on a tensor of `shape`; 0 where no convolution does."""
-        key = self.key(border=shape)
+        key = self.key(border=shape, version=_BORDERS)
         found = self.ctx.store.get_json("border", key)
         if found is None:
             quant = self._quant("int8")
-            models = frames.borders(shape, quant) if quant is not None else None
+            rows = frames.borders(shape, quant) if quant is not None else None
             found = 0.0
-            if models is not None:
-                plain, rounded, mixed = (t.median_ms for t in self.time(models, self.careful))
-                # five plain: 5 p; five rounded: 5 r and one pair; mixed: 3 p, 2 r and two pairs
-                found = max(0.0, (mixed - 0.6 * plain - 0.4 * rounded) / 1.6)
+            if rows is not None:
+                timings = self.time([rows.plain, rows.mixed, *rows.rounded], self.careful)
+                found = rows.pair(*(t.median_ms for t in timings))
             self.ctx.store.put_json("border", key, found)
         return float(found)
 

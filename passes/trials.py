@@ -17,7 +17,7 @@ from hantc.search.correction import fit_factors
 from hantc.search.problem import Problem, Solution
 
 # how far from 1 each kind's factor may be expected: borders depend most on what stands beside them
-_SPREAD = {"own": 0.05, "floats": 0.07, "int8": 0.15, "borders": 1.0, "glue": 0.2}
+_SPREAD = {"own": 0.05, "floats": 0.05, "int8": 0.1, "borders": 0.5, "glue": 0.2}
 _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0)
 
 Trial = tuple[tuple[float, ...], float]  # a student's `parts_of`, and what it took, ms

@@ -1,7 +1,8 @@
 """Interleaved timing that holds up on a noisy machine.
 
 - Every round times each artefact once, so that slow spells (frequency, other processes) hit all alike and
-  ratios stay fair; the order rotates each round, so that none always runs behind the same neighbour.
+  ratios stay fair; the order rotates, and turns round each time, so that none always runs behind the same neighbour
+  (behind a small network another one is 1 to 2 % slower than behind its like).
 - Samples are short (`_SLICE_MS`) and many rather than long and few, the time spent being the same: a shared
   machine changes its speed every fraction of a second, and a short sample lies within one spell. A sample
   starts with one untimed run that refills the caches, times its runs one by one (very short ones in groups of
@@ -63,7 +64,7 @@ def measure_interleaved(
     rounds = 0
     while rounds < wanted or (rounds < wanted * _MAX_FACTOR and any(_is_noisy(s) for s in samples)):
         for k in range(len(runs)):
-            i = (k + rounds) % len(runs)
+            i = ((k if rounds % 2 else -k) + rounds) % len(runs)
             samples[i].append(_sample_ms(runs[i], plans[i], clock))
         rounds += 1
     return [_timing(s) for s in samples]

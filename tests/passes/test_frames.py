@@ -121,17 +121,36 @@ def test_parts_in_int8_stand_between_convolutions_in_int8() -> None:
 
 
 def test_what_is_timed_for_a_border_differs_by_two_pairs() -> None:
-    models = frames.borders(PLAIN, QUANT)
-    assert models is not None
-    plain, rounded, mixed = models
-    for model in models:
-        assert [n.op_type for n in model.graph.node].count("Conv") == 5
+    rows = frames.borders(PLAIN, QUANT)
+    assert rows is not None
+
+    def count(model: ModelProto, op: str) -> int:
+        return [n.op_type for n in model.graph.node].count(op)
+
+    for model in (rows.plain, rows.mixed, *rows.rounded):
         run(model, image())
-    assert [n.op_type for n in plain.graph.node].count("Sigmoid") == 5
-    assert [n.op_type for n in mixed.graph.node].count("Sigmoid") == 3
+    convolutions = count(rows.plain, "Conv")
+    assert count(rows.mixed, "Conv") == convolutions == count(rows.plain, "Sigmoid")
+    assert count(rows.mixed, "Sigmoid") == convolutions - 2
     # two convolutions in INT8 stand apart; each has a pair before and behind, and one for its weights
-    weights = sum(n.op_type == "DequantizeLinear" for n in rounded.graph.node) / 5
-    assert sum(n.op_type == "DequantizeLinear" for n in mixed.graph.node) == 2 * weights
+    weights = count(rows.rounded[0], "DequantizeLinear") / count(rows.rounded[0], "Conv")
+    assert count(rows.mixed, "DequantizeLinear") == 2 * weights
+    bare = [n.op_type != "Sigmoid" for n in rows.mixed.graph.node if n.op_type in ("Sigmoid", "QuantizeLinear")]
+    assert "".join("q" if b else "f" for b in bare).strip("f").count("f") > 5, "far from each other"
+
+
+def test_of_rows_that_take_what_their_parts_take_the_pair_is_left() -> None:
+    rows = frames.borders(PLAIN, QUANT)
+    assert rows is not None
+    floats, in_int8, pair, ends = 7.0, 3.0, 11.0, 5.0
+    many = sum(n.op_type == "Sigmoid" for n in rows.plain.graph.node)
+    short, long = (ends + in_int8 * sum(n.op_type == "Conv" for n in m.graph.node) for m in rows.rounded)
+    mixed = (many - 2) * floats + 2 * in_int8 + 2 * pair
+    assert rows.pair(many * floats, mixed, short, long) == pytest.approx(pair)
+    assert rows.pair(many * floats, 1.0, short, long) == 0, "noise costs nothing"
+
+
+def test_what_is_no_map_of_many_channels_has_no_border() -> None:
     assert frames.borders((16,), QUANT) is None and frames.borders((3, 8, 8), QUANT) is None
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from onnx import ModelProto
 
-from hantc.core.types import CostRow, CostTable, MatchResult, Region, ScoreRow, Shape
+from hantc.core.types import CostRow, CostTable, MatchResult, Region, ScoreRow, Shape, untouched
 from hantc.passes.program import make_plan, make_problem
 from hantc.passes.state import State
 from hantc.search.ilp import solve
@@ -114,6 +114,17 @@ def test_the_measured_scale_applies_to_items_and_borders_but_not_to_the_glue() -
     assert {i.cost for i in problem.items if i.region == "r02"} == {3.0, 1.5}
     plain = make_problem(state_of(chain()), 5.0)
     assert [b.cost for b in problem.borders] == pytest.approx([1.5 * b.cost for b in plain.borders])
+
+
+def test_what_the_teacher_gains_by_its_own_structure_says_nothing_of_others() -> None:
+    extra = [(cost("r02", "good", "fp32", 1.0), score("r02", "good", "fp32", 0.01))]
+    slower, quicker = (make_problem(state_of(chain(), extra, scale=s), 5.0) for s in (1.5, 0.5))
+    plain = make_problem(state_of(chain(), extra), 5.0)
+    assert {untouched(i.candidate, i.precision) for i in plain.items} == {True, False}
+    for i, item in enumerate(plain.items):
+        own = untouched(item.candidate, item.precision)
+        assert slower.items[i].cost == pytest.approx(1.5 * item.cost)
+        assert quicker.items[i].cost == pytest.approx((0.5 if own else 1.0) * item.cost)
 
 
 def test_borders_stand_between_neighbours_and_at_both_ends() -> None:
