@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from hantc.backends.feeds import random_feeds
-from hantc.backends.prediction import Machine, Prediction, predict
+from hantc.backends.feeds import empty_feeds
+from hantc.backends.prediction import VERSION, Machine, Prediction, predict
 from hantc.core.backend_api import Artefact, BuildSpec, Feeds
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.types import Timing
@@ -27,9 +27,12 @@ class PredictedHandle:
 
     @cached_property
     def session(self) -> ort.InferenceSession:
-        """For numbers only, never timed; ONNX's own reference evaluator lacks per-channel QDQ below opset 19."""
+        """For numbers only, never timed; ONNX's own reference evaluator lacks per-channel QDQ below opset 19. What is
+        written between Q and DQ is computed as it is written: ONNX Runtime 1.31's own INT8 forms refuse scales in FP16
+        for some operators, and lose small biases to them for others (WeightBiasQuantization)."""
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         return ort.InferenceSession(self.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -37,6 +40,7 @@ def ceilings(machine: Machine) -> tuple[str, ...]:
     """The machine's ceilings as text: a device's fingerprint, since rows predicted under others must not mix."""
     half = (f"fp16={machine.peak_fp16:g}",) if machine.peak_fp16 else ()
     return (
+        f"model={VERSION}",
         f"fp32={machine.peak_fp32:g}",
         *half,
         f"int8={machine.peak_int8:g}",
@@ -60,7 +64,7 @@ def build(model: onnx.ModelProto, machine: Machine, spec: BuildSpec) -> Artefact
     kept = onnx.ModelProto()
     kept.CopyFrom(model)
     prediction = predict(kept, machine, spec.batch, spec.threads)
-    return Artefact(PredictedHandle(kept, prediction), random_feeds(kept, spec.batch), size_bytes=kept.ByteSize())
+    return Artefact(PredictedHandle(kept, prediction), empty_feeds(kept, spec.batch), size_bytes=kept.ByteSize())
 
 
 def timings(artefacts: Sequence[Artefact]) -> list[Timing]:

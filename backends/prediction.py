@@ -15,7 +15,7 @@ import onnx
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass as checked
 
-from hantc.backends.feeds import random_feeds
+from hantc.backends.feeds import feed_shapes
 from hantc.core.errors import ModelError
 
 
@@ -44,6 +44,7 @@ class Prediction:
     peak_bytes: int
 
 
+VERSION = 2  # of the arithmetic: what other versions predicted does not mix with it
 _FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Shape", "Dropout"}
 _FUSED = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh", "BatchNormalization"}
 _ELEMENT_FLOPS = {"Sigmoid": 8, "Tanh": 8, "Exp": 8, "Erf": 10, "Gelu": 12, "Softmax": 12, "HardSwish": 4}
@@ -196,7 +197,7 @@ class _Graph:
 
 
 def _infer(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    shapes = {name: feed.shape for name, feed in random_feeds(model, batch).items()}
+    shapes = feed_shapes(model, batch)
     fixed = _weightless(model)
     for v in fixed.graph.input:
         for dim, size in zip(v.type.tensor_type.shape.dim, shapes.get(v.name, ()), strict=False):
@@ -210,7 +211,8 @@ def _infer(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         inferred = onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
         return inferred if _complete(inferred) else _infer_through_shape_ops(inferred)
     except Exception as e:  # checker and inference raise various classes
-        raise ModelError(f"the model is not valid ONNX: {str(e).strip().splitlines()[0]}") from e
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ModelError(f"the model is not valid ONNX, or its shapes cannot be followed: {reason}") from e
 
 
 def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:

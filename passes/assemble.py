@@ -17,7 +17,7 @@ from hantc.dialect.emitter import emit
 from hantc.dialect.fakequant import fake_quantize
 from hantc.dialect.floats import in_bf16
 from hantc.dialect.half import overflowing, to_fp16
-from hantc.dialect.qdq import MIN_OPSET, MIN_OPSET_FP16, Calibration, QuantSpec, quantize
+from hantc.dialect.qdq import MIN_OPSET, Calibration, QuantSpec, quantize
 from hantc.passes.plug import origin_for, replace_regions, teacher_part, trained
 from hantc.passes.state import Context, State
 
@@ -116,8 +116,7 @@ def to_onnx(
 ) -> ModelProto:
     """The student as one ONNX file; INT8 regions as QDQ with ranges from `feeds`, the rest in the engine's layout."""
     regions = blueprint.int8
-    least = MIN_OPSET_FP16 if ctx.base == "fp16" else MIN_OPSET
-    emitted = emit(student, opset=least if regions else None)
+    emitted = emit(student, opset=MIN_OPSET if regions else None)  # `to_fp16` raises it where it must
     model = emitted.model
     if regions:
         nodes = [n for r in regions for n in emitted.nodes.get(r, ())]

@@ -11,15 +11,16 @@ from typing import Any, ClassVar
 import torch
 from onnx import ModelProto
 from pydantic import TypeAdapter, ValidationError
+from torch import fx
 
 from hantc.core.atomic import to_jsonable
-from hantc.core.errors import HantcError, UsageError
+from hantc.core.errors import HantcError, UnsupportedError, UsageError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Bar
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
-from hantc.dialect.qdq import quantize_for_timing
+from hantc.dialect.qdq import MIN_OPSET, quantize_for_timing
 from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.derived import structure
 from hantc.ops.registry import DERIVED, Origin, build
@@ -45,6 +46,7 @@ class Cost:
         assert state.network is not None and state.match is not None and state.proposals is not None
         if ctx.config.lut is not None:
             return self._read(state, ctx, ctx.config.lut)
+        ctx = _with_what_can_be_written(state.network, ctx)
         meter = Meter(ctx)
         model = emit(state.network).model
         key = _key(meter, state, ctx, model)
@@ -52,7 +54,7 @@ class Cost:
         if table is None:
             before = len(ctx.notes)
             table = self._measure(state, ctx, meter, model)
-            if all(r.samples > 0 for r in table.rows):  # what could not be timed is tried again
+            if all(r.predicted or r.samples > 0 for r in table.rows):  # what could not be timed is tried again
                 ctx.store.put_json("table", key, to_jsonable({"table": table, "notes": ctx.notes[before:]}))
         paces = [round(p, 3) for p in meter.pace]
         facts = {"measured": meter.measured, "teacher_ms": table.teacher_ms, "glue_ms": table.glue_ms}
@@ -193,6 +195,17 @@ class Cost:
         except HantcError as error:
             ctx.reporter.event("int8_refused", candidate=spec.name, reason=error.message)
             return {ctx.base: plain}
+
+
+def _with_what_can_be_written(network: fx.GraphModule, ctx: Context) -> Context:
+    """Without INT8, if the network cannot be written in an opset that has it."""
+    if "int8" in ctx.precisions:
+        try:
+            emit(network, opset=MIN_OPSET)
+        except UnsupportedError as error:
+            ctx.note(f"nothing is quantised: {error.message}")
+            return replace(ctx, precisions=(ctx.base,))
+    return ctx
 
 
 def _key(meter: Meter, state: State, ctx: Context, model: ModelProto) -> str:

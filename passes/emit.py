@@ -11,6 +11,10 @@ from hantc.passes.calibrate import best_calibration
 from hantc.passes.state import Context, State
 
 _IMAGES = 256
+_UNFUSED = (
+    "model.onnx has INT8 parts with scales in FP16, of which ONNX Runtime's own INT8 forms lose small biases: there, "
+    'set the session option "session.disable_quant_qdq" to "1"; engines are not concerned'
+)
 
 
 class Emit:
@@ -29,4 +33,6 @@ class Emit:
         feeds = calibration_feeds(state.student, ctx.data, _IMAGES, 32) if ctx.data and needed else []
         make = partial(to_onnx, state.student, blueprint, ctx, feeds)
         model = best_calibration(state, ctx, ctx.data, make) if ctx.data and blueprint.int8 else make()
+        if blueprint.int8 and ctx.base == "fp16":
+            ctx.note(_UNFUSED)
         return replace(state, emitted=deployable(model, ctx, feeds))

@@ -22,7 +22,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.floats import in_bf16
 from hantc.dialect.graph import count_macs, shapes_of
 from hantc.dialect.importer import import_model, model_info
-from hantc.dialect.qdq import MIN_OPSET_FP16, quantize, quantize_whole
+from hantc.dialect.qdq import MIN_OPSET, quantize, quantize_whole
 from hantc.passes.assemble import calibration_feeds, deployable
 from hantc.passes.state import Context, State
 
@@ -128,7 +128,7 @@ class Verify:
         try:
             feeds = calibration_feeds(state.network, ctx.data, 128, 16)
             if ctx.quant.symmetric:
-                model = quantize(emit(state.network, opset=MIN_OPSET_FP16).model, None, feeds, ctx.quant)
+                model = quantize(emit(state.network, opset=MIN_OPSET).model, None, feeds, ctx.quant)
             else:
                 model = quantize_whole(state.model, feeds, ctx.quant)
             model = deployable(model, ctx, feeds)

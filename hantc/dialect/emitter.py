@@ -127,10 +127,12 @@ def _attribute(module: fx.GraphModule, target: str) -> Tensor:
 
 def upgraded(leaf: Opaque, opset: int) -> NodeProto:
     """The foreign node as a newer opset writes it. UnsupportedError where that is not one node with the same
-    inputs (Upsample, say, which opset 10 took out)."""
+    inputs (a Softmax over several dims, say)."""
     proto = leaf.proto
     if proto.domain not in ("", "ai.onnx"):
         return proto
+    if proto.op_type == "Upsample" and len(proto.input) == 2 and opset >= 11:
+        return _resize(proto)
     inputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in leaf.names]
     try:
         if captured(proto):
@@ -145,6 +147,15 @@ def upgraded(leaf: Opaque, opset: int) -> NodeProto:
             hint="keep the model's opset, or export it with a newer one",
         ) from error
     made: NodeProto = nodes[0]
+    return made
+
+
+def _resize(upsample: NodeProto) -> NodeProto:
+    """Upsample of opset 9 as the Resize that took its place; ONNX's own converter leaves out how it counts pixels."""
+    mode = next((a.s.decode() for a in upsample.attribute if a.name == "mode"), "nearest")
+    x, scales = upsample.input
+    asymmetric = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    made: NodeProto = onnx.helper.make_node("Resize", [x, "", scales], list(upsample.output), mode=mode, **asymmetric)
     return made
 
 

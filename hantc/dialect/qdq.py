@@ -24,7 +24,6 @@ from hantc.core.errors import HantcError
 from hantc.dialect import qdq_graph as edit
 
 MIN_OPSET = 13  # first with per-channel (axis) Quantize/DequantizeLinear
-MIN_OPSET_FP16 = 19  # first with scales in FP16
 
 # invented for timing, where only the kernels matter
 _TIMING_LOW, _TIMING_HIGH = -4.0, 4.0

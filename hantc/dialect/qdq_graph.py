@@ -23,8 +23,8 @@ FOLLOWERS = frozenset(
     }
 )  # fmt: skip
 # The same for engines that compute activations in the kernel of the product before them: these round nothing then, and
-# neither does a mean, whose few values are cheap in floats.
-FUSED_FOLLOWERS = FOLLOWERS - {"Mul", "Sigmoid", "GlobalAveragePool"}
+# neither does a mean, whose few values are cheap in floats. Concat: ONNX Runtime makes a form of it that refuses FP16.
+FUSED_FOLLOWERS = FOLLOWERS - {"Mul", "Sigmoid", "GlobalAveragePool", "Concat"}
 # What has INT8 kernels that give floats: in ONNX Runtime, and in engines that compute sums and activations so
 WITH_FLOAT_RESULT = frozenset({"Gemm", "MatMul"})
 FUSED_WITH_FLOAT_RESULT = PRODUCTS | {"Add", "Relu", "Clip", "LeakyRelu"}

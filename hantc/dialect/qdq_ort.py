@@ -51,6 +51,15 @@ class _Quantizer(QDQQuantizer):  # type: ignore[misc]  # onnxruntime is untyped
 
     tensors_to_quantize: dict[str, Any]
 
+    def adjust_tensor_ranges(self) -> None:
+        """A range that holds nothing below zero lets the rounding do a ReLU's work, but not on what the network hands
+        out before it, too."""
+        outputs = [o.name for o in self.model.graph().output if o.name in self.tensors_range]
+        kept = {name: self.tensors_range[name] for name in outputs}
+        super().adjust_tensor_ranges()
+        for name, values in kept.items():
+            self.tensors_range[name] = values
+
     def _calc_initializer_quant_params(self) -> dict[str, Any]:
         every = self.tensors_to_quantize
         constants = {i.name: i for i in self.model.initializer()}

@@ -15,6 +15,7 @@ from hantc.core.errors import HantcError, UnsupportedError
 from hantc.dialect.emitter import emit, opaque_leaves
 from hantc.dialect.importer import import_model
 from hantc.dialect.opaque import Opaque
+from tests.dialect.conftest import run_ort
 
 if TYPE_CHECKING:
     from tests.dialect.conftest import Dims, Models
@@ -45,12 +46,25 @@ def test_foreign_node_survives(models: Models) -> None:
     assert leaf.reason == "no leaf for DFT" and list(leaf.constants) == ["l"]
 
 
-def test_upsample_of_opset_9(models: Models) -> None:
-    nodes = [node("Upsample", ["x", "s"], ["y"], mode="nearest")]
-    model = models.make(nodes, {"x": IMAGE}, ["y"], {"s": np.array([1, 1, 2, 2], np.float32)}, opset=9)
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("opset", [11, 13, 19])
+def test_upsample_of_opset_9_is_a_resize_later(models: Models, mode: str, opset: int) -> None:
+    nodes = [node("Upsample", ["x", "s"], ["y"], mode=mode)]
+    model = models.make(nodes, {"x": IMAGE}, ["y"], {"s": np.array([1, 1, 2, 2.5], np.float32)}, opset=9)
     trip = models.trip(model)
     assert trip.opaque == [] and trip.ops == ["Upsample"]
-    with pytest.raises(UnsupportedError, match="Upsample of opset 9 cannot be written in opset 13"):
+    newer = emit(trip.module, opset=opset).model
+    assert [n.op_type for n in newer.graph.node] == ["Resize"]
+    feeds = models.feeds(model)
+    for old, new in zip(run_ort(model, feeds), run_ort(newer, feeds), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-6)
+
+
+def test_what_takes_several_nodes_in_a_newer_opset_is_refused(models: Models) -> None:
+    """Softmax counted all dims from its axis on as one."""
+    model = models.make([node("Softmax", ["x"], ["y"], axis=1)], {"x": IMAGE}, ["y"], {}, opset=11)
+    trip = models.trip(model)
+    with pytest.raises(UnsupportedError, match="Softmax of opset 11 cannot be written in opset 13"):
         emit(trip.module, opset=13)
 
 

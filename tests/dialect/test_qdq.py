@@ -17,6 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from hantc.core.errors import HantcError
 from hantc.dialect import qdq_graph
+from hantc.dialect.half import to_fp16
 from hantc.dialect.qdq import QuantSpec, quantize, quantize_for_timing, quantize_whole
 
 Array = np.ndarray[Any, Any]
@@ -429,3 +430,60 @@ def test_what_a_subgraph_reads_stays() -> None:
     for spec in (SPEC, SYMMETRIC):
         int8 = quantize(model, ["c"], feeds(), spec)
         assert relative_error(run(int8, feeds()[0])[0], run(model, feeds()[0])[0]) < 0.05
+
+
+def test_an_output_before_a_relu_keeps_what_is_below_zero() -> None:
+    n = Net()
+    a = n.conv("x", "a")
+    n.conv(n.node("Relu", [a], "r"), "y")
+    model = n.model(("y", ["N", 8, 12, 12]), ("a", ["N", 8, 12, 12]))
+    want = run(model, feeds()[0])
+    assert want[1].min() < -1
+    for spec in (SPEC, SYMMETRIC):
+        got = run(quantize(model, None, feeds(), spec), feeds()[0])
+        assert all(relative_error(g, w) < 0.05 for g, w in zip(got, want, strict=True))
+
+
+FOLLOWING: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "Add": (["c", "d"], {}),
+    "Relu": (["c"], {}),
+    "Clip": (["c", "low", "high"], {}),
+    "LeakyRelu": (["c"], {}),
+    "MaxPool": (["c"], {"kernel_shape": [3, 3], "pads": [1] * 4}),
+    "AveragePool": (["c"], {"kernel_shape": [3, 3], "pads": [1] * 4}),
+    "Flatten": (["c"], {}),
+    "Reshape": (["c", "shape"], {}),
+    "Transpose": (["c"], {"perm": [0, 1, 3, 2]}),
+    "Squeeze": (["one", "axis"], {}),
+    "Unsqueeze": (["c", "axis"], {}),
+    "Slice": (["c", "starts", "ends", "axis"], {}),
+    "Split": (["c"], {"axis": 1}),
+    "Pad": (["c", "pads"], {}),
+}
+
+
+def following(op: str) -> onnx.ModelProto:
+    """Convolutions, and what follows them."""
+    n = Net()
+    n.conv("x", "c"), n.conv("x", "d"), n.conv("x", "one", 8, 1)
+    n.const("low", -0.5), n.const("high", 2.0), n.const("axis", [1], np.int64), n.const("pads", [0] * 8, np.int64)
+    n.const("shape", [0, 8, 12, 12], np.int64), n.const("starts", [0], np.int64), n.const("ends", [4], np.int64)
+    inputs, attributes = FOLLOWING[op]
+    if op == "Split":
+        n.nodes.append(helper.make_node(op, inputs, ["f", "g"], name="f", **attributes))
+    else:
+        n.node(op, inputs, "f", **attributes)
+    n.node("Relu", ["f"], "y")
+    return n.model(("y", []))
+
+
+@pytest.mark.parametrize("op", sorted(qdq_graph.FUSED_FOLLOWERS))
+def test_symmetric_followers_run_with_scales_in_fp16(op: str) -> None:
+    """In ONNX Runtime as it comes, too."""
+    model = following(op)
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    want = run(model, feeds()[0])[0]
+    half = to_fp16(quantize(model, None, feeds(), SYMMETRIC))
+    assert any(i.data_type == TensorProto.FLOAT16 for i in half.graph.initializer)
+    assert relative_error(run(half, feeds()[0])[0], want) < 0.05

@@ -12,7 +12,7 @@ from torch import fx
 
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Capabilities
-from hantc.core.errors import HantcError
+from hantc.core.errors import HantcError, UnsupportedError
 from hantc.core.types import CandidateSpec
 from hantc.ops.registry import build
 from hantc.passes import cost
@@ -183,3 +183,20 @@ def test_ceilings_are_measured_once(lab: Lab) -> None:
     blind = Pretender(COUNTING)
     blind.measure = None  # type: ignore[assignment,method-assign]
     assert ceilings_of(lab.fresh(backend=blind, store=ctx.store)) == first
+
+
+def test_what_cannot_be_written_in_an_opset_with_int8_stays_in_floats(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cost.emit
+
+    def refuse(module: fx.GraphModule, *, opset: int | None = None) -> Any:
+        if opset is not None:
+            raise UnsupportedError("Softmax of opset 11 cannot be written in opset 13")
+        return real(module)
+
+    monkeypatch.setattr(cost, "emit", refuse)
+    ctx, state = lab.fresh(), replace(lab.costed, costs=None, proposals=())
+    table = Cost().call(state, ctx).costs
+    assert table is not None and {r.precision for r in table.rows} == {"fp32"} and not table.transitions
+    assert any("nothing is quantised: Softmax" in note for note in ctx.notes)

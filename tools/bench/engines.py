@@ -23,7 +23,7 @@ from hantc.core.errors import HantcError
 from hantc.dialect.emitter import emit
 from hantc.dialect.half import to_fp16
 from hantc.dialect.importer import import_file
-from hantc.dialect.qdq import MIN_OPSET_FP16, QuantSpec, quantize_for_timing
+from hantc.dialect.qdq import MIN_OPSET, QuantSpec, quantize_for_timing
 from hantc.dialect.rewrites.normalize import normalize
 
 
@@ -31,7 +31,7 @@ def quantised(path: str) -> onnx.ModelProto:
     """All products in INT8, as TensorRT asks for."""
     network = normalize(import_file(path))[0]
     spec = QuantSpec(reduce_range=False, symmetric=True)
-    return quantize_for_timing(emit(network, opset=MIN_OPSET_FP16).model, spec)
+    return quantize_for_timing(emit(network, opset=MIN_OPSET).model, spec)
 
 
 def main(argv: Sequence[str]) -> int:
