@@ -131,7 +131,7 @@ def upgraded(leaf: Opaque, opset: int) -> NodeProto:
     proto = leaf.proto
     if proto.domain not in ("", "ai.onnx"):
         return proto
-    if proto.op_type == "Upsample" and len(proto.input) == 2 and opset >= 11:
+    if proto.op_type == "Upsample" and len(proto.input) == 2 and opset >= 13:
         return _resize(proto)
     inputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in leaf.names]
     try:
