@@ -225,7 +225,8 @@ def test_symmetric_keeps_what_others_read(outputs: tuple[str, ...]) -> None:
     n = Net()
     c = n.conv("x", "c")
     n.node("Add", [n.conv(n.node("Relu", [c], "r"), "d"), n.conv(c, "e")], "y")
-    model = n.model(*((name, ["N", 8, 12, 12]) for name in outputs))
+    shape: list[int | str] = ["N", 8, 12, 12]
+    model = n.model(*((name, shape) for name in outputs))
     int8 = quantize(model, None, feeds(), SYMMETRIC)
     onnx.checker.check_model(int8)
     for got, want in zip(run(int8, feeds()[0]), run(model, feeds()[0]), strict=True):

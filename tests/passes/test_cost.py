@@ -14,6 +14,7 @@ from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Capabilities
 from hantc.core.errors import HantcError, UnsupportedError
 from hantc.core.types import CandidateSpec
+from hantc.dialect import emitter
 from hantc.ops.registry import build
 from hantc.passes import cost
 from hantc.passes.ceilings import ceilings_of
@@ -188,7 +189,7 @@ def test_ceilings_are_measured_once(lab: Lab) -> None:
 def test_what_cannot_be_written_in_an_opset_with_int8_stays_in_floats(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = cost.emit
+    real = emitter.emit
 
     def refuse(module: fx.GraphModule, *, opset: int | None = None) -> Any:
         if opset is not None:
