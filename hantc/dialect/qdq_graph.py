@@ -221,12 +221,7 @@ def tidy_borders(
     `with_float_result` makes and only float nodes read: no Q/DQ, the INT8 kernels give floats. `absorbed`: outputs of
     the activations that the quantiser dropped, whose Q/DQ do the clipping and must stay.
     """
-    makers = {o: n for n in graph.node for o in n.output}
-    readers: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for i in node.input:
-            readers[i].append(node)
-    outputs = {o.name for o in graph.output}
+    makers, readers, outputs = _wires(graph)
     dead: set[str] = set()
     for q in [n for n in graph.node if n.op_type == "QuantizeLinear"]:
         pair = readers[q.output[0]]
@@ -257,12 +252,7 @@ def tidy_borders(
 def fuse_behind_products(graph: onnx.GraphProto) -> None:
     """Drop the rounding between a product and what engines compute in its kernel: an activation that alone reads it,
     or a sum with something else that is rounded, and the activation behind that sum."""
-    makers = {o: n for n in graph.node for o in n.output}
-    readers: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for i in node.input:
-            readers[i].append(node)
-    outputs = {o.name for o in graph.output}
+    makers, readers, outputs = _wires(graph)
     dead: set[str] = set()
 
     def unrounded(node: NodeProto, place: int, before: Collection[str]) -> bool:
@@ -297,6 +287,15 @@ def restore_header(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
     made = {o for n in model.graph.node for o in n.output}
     del model.graph.value_info[:]
     model.graph.value_info.extend(v for v in original.graph.value_info if v.name in made)
+
+
+def _wires(graph: onnx.GraphProto) -> tuple[dict[str, NodeProto], dict[str, list[NodeProto]], set[str]]:
+    """Who makes each tensor, who reads it, and the graph's outputs."""
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for i in node.input:
+            readers[i].append(node)
+    return {o: n for n in graph.node for o in n.output}, readers, {o.name for o in graph.output}
 
 
 def _read_in(graph: onnx.GraphProto) -> set[str]:

@@ -14,6 +14,7 @@ from hantc.backends.tensorrt.backend import TensorRTBackend
 from hantc.core.backend_api import BuildSpec, Deployer
 from hantc.core.errors import HantcError, ModelError
 from hantc.dialect.half import overflowing, to_fp16
+from hantc.dialect.qdq import QuantSpec, quantize_for_timing
 from tests.backends.test_conformance import bad_models, conv_net
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 needs_sdk = pytest.mark.skipif(engine.version() is None, reason="tensorrt_rtx is not installed")
 SPEC = BuildSpec(threads=1, batch=16)
+SYMMETRIC = QuantSpec(reduce_range=False, symmetric=True)
 
 
 @needs_sdk
@@ -34,6 +36,23 @@ def test_engines_are_fp16_throughout(capability: str) -> None:
     assert made.file == "model.engine" and len(made.data) == made.facts["size_bytes"] > 1000
     assert made.facts["float32_layers"] == [] and made.facts["layers"]["fp16"] > 5
     assert made.facts["compute_capability"] == capability and made.facts["seconds"] > 0
+
+
+@needs_sdk
+@pytest.mark.parametrize("capability", ["SM75", "SM80", "SM86", "SM89", "SM120"])
+def test_engines_compute_products_in_int8_where_the_file_does(capability: str) -> None:
+    model = conv_net()
+    products = sum(n.op_type in ("Conv", "Gemm", "MatMul") for n in model.graph.node)
+    made = TensorRTBackend(capability).deploy(to_fp16(quantize_for_timing(model, SYMMETRIC)), SPEC)
+    assert made.facts["products"] == {"int8": products} and made.facts["float32_layers"] == []
+    plain = TensorRTBackend(capability).deploy(to_fp16(model), SPEC)
+    assert plain.facts["products"] == {"fp16": products}
+
+
+@needs_sdk
+def test_the_form_for_cpus_is_refused() -> None:
+    with pytest.raises(ModelError, match="TensorRT does not take"):
+        engine.parse(to_fp16(quantize_for_timing(conv_net(), QuantSpec(reduce_range=False))))
 
 
 @needs_sdk
