@@ -38,6 +38,18 @@ def test_samples_are_interleaved_and_long_enough() -> None:
     assert "".join(fake.calls[8:]) == "aaaabb" + "bbaaaa" + "aaaabb" + "bbaaaa" + "aaaabb"
 
 
+def test_no_artefact_always_runs_behind_the_same_neighbour() -> None:
+    fake = FakeRuns()
+    runs = [fake.run(name, [10.0]) for name in "abcd"]
+    measure_interleaved(runs, Protocol(1, warmup=1, samples=8, min_sample_ms=3.0), lambda: fake.now)
+    order = fake.calls[8::2]  # each sample is one untimed run and one that counts
+    assert len(order) == 32 and all(sorted(order[i : i + 4]) == list("abcd") for i in range(0, 32, 4))
+    behind = {name: [a for a, b in itertools.pairwise(order) if b == name and a != b] for name in "abcd"}
+    for name, before in behind.items():
+        counts = [before.count(other) for other in set(before)]
+        assert len(counts) > 1 and max(counts) <= len(before) / 2 + 1, name
+
+
 def test_interruptions_do_not_move_the_result() -> None:
     fake = FakeRuns()
     spiky = [1.0] * 9 + [40.0]
