@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto
 from pydantic import ValidationError
 
-from hantc.backends.device import channel_block, needs_reduced_range
+from hantc.backends.device import channel_block, needs_reduced_range, physical_cores
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Backend, Capabilities, Optimizer
@@ -113,7 +113,8 @@ def prepare(
         why = "the table is of another machine" if config.foreign_lut else f"{backend.name} writes no such file"
         raise UsageError(f"cannot be had: {why}", where="--optimized", hint="leave it out")
     threads = config.threads or target.threads or capabilities.device.cores
-    torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    # training takes this machine's cores, whatever the target has; fewer where whoever embeds hantc set fewer
+    torch.set_num_threads(min(physical_cores(), torch.get_num_threads()))
     if config.foreign_lut:
         capabilities, there = _elsewhere(config, capabilities)
         threads = config.threads or target.threads or there

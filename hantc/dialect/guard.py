@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
-import onnx.shape_inference
+import onnx.inliner
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from hantc.core.errors import ModelError
+from hantc.dialect.infer import infer, light
 from hantc.dialect.opaque import captured, subgraphs
 
 LARGEST = 1 << 30  # elements of a tensor: 4 GiB in float32
@@ -36,9 +38,20 @@ def check_untrusted(model: ModelProto) -> None:
     _check_functions(model)
     if model.graph.sparse_initializer:
         raise ModelError("it holds sparse weights", hint="write them densely: hantc reads no others")
-    names = {i.name for i in model.graph.initializer}
-    _check_graph(model.graph, names | {i.name for i in model.graph.input}, 0)
+    _check_held(model)
+    whole = _inlined(model)
+    names = {i.name for i in whole.graph.initializer}
+    _check_graph(whole.graph, names | {i.name for i in whole.graph.input}, 0)
+    _check_turns(whole.graph, {}, 1)
     _check_sizes(model)
+
+
+def _inlined(model: ModelProto) -> ModelProto:
+    try:
+        whole: ModelProto = onnx.inliner.inline_local_functions(model) if model.functions else model
+    except Exception as error:  # onnx raises many types on broken functions
+        raise ModelError(f"its functions cannot be expanded: {error}", hint="is the model file whole?") from error
+    return whole
 
 
 _PROBE = """
@@ -145,24 +158,43 @@ def _check_graph(graph: GraphProto, known: set[str], depth: int) -> None:
             f"the graph has a cycle: {node.name or node.op_type!r} waits for its own result", hint="is the file whole?"
         ) from error
     for node in graph.node:
-        _check_turns(node, graph)
         for inner in subgraphs(node):
             names = {i.name for i in inner.input} | {i.name for i in inner.initializer}
             _check_graph(inner, names, depth + 1)
 
 
-def _check_turns(node: NodeProto, graph: GraphProto) -> None:
-    """A Loop with a constant number of turns, and nothing else to end it, might be folded, that is run."""
-    if node.op_type != "Loop" or not node.input:
-        return
-    turns = next((i for i in graph.initializer if i.name == node.input[0]), None)
-    if (
-        turns is not None
-        and _elements(turns) == 1
-        and _never_ends(node)
-        and int(numpy_helper.to_array(turns).reshape(())) > _MOST_TURNS
-    ):
-        raise ModelError("a Loop turns over a million times", where=node.name, hint="is this a model?")
+def _check_turns(graph: GraphProto, known: Mapping[str, TensorProto], turns: int) -> None:
+    """A Loop with a constant number of turns, and nothing else to end it, might be folded, that is run. `known`:
+    constants of the graphs around; `turns`: how often all this is run."""
+    known = {**known, **_constants(graph)}
+    for node in graph.node:
+        times = turns
+        if node.op_type == "Loop" and node.input and node.input[0] in known and _never_ends(node):
+            times *= _integer(known[node.input[0]])
+        if times > _MOST_TURNS:
+            raise ModelError("a Loop turns over a million times", where=node.name, hint="is this a model?")
+        for inner in subgraphs(node):
+            _check_turns(inner, known, times)
+
+
+def _constants(graph: GraphProto) -> dict[str, TensorProto]:
+    """Initialisers, and what Constant nodes hold."""
+    found = {i.name: i for i in graph.initializer}
+    for node in graph.node:
+        for a in node.attribute:
+            if node.op_type == "Constant" and node.output and a.name in ("value", "value_int", "value_ints"):
+                ints = [a.i] if a.name == "value_int" else list(a.ints)
+                found[node.output[0]] = a.t if a.name == "value" else numpy_helper.from_array(np.array(ints, np.int64))
+    return found
+
+
+def _integer(tensor: TensorProto) -> int:
+    """The one number of a tensor, at least 1; 1 where it has more, or is broken, which is for others to tell."""
+    try:
+        value = numpy_helper.to_array(tensor)
+        return max(1, int(value.reshape(()))) if value.dtype.kind in "iu" and value.size == 1 else 1
+    except Exception:  # numpy and onnx raise many types
+        return 1
 
 
 def _never_ends(loop: NodeProto) -> bool:
@@ -175,6 +207,28 @@ def _never_ends(loop: NodeProto) -> bool:
         if name in made and made[name].op_type != "Constant":
             return False
     return True
+
+
+def _check_held(model: ModelProto) -> None:
+    """onnx reads external weights of graphs, not those that lie deep in functions; ONNX Runtime might."""
+    for tensor in _tensors(model.graph.initializer, [*model.graph.node, *(n for f in model.functions for n in f.node)]):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise ModelError(
+                f"tensor {tensor.name!r} has its values in another file, and lies in a function",
+                hint="save the model with its weights inside",
+            )
+
+
+def _tensors(weights: Iterable[TensorProto], nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    """All of them, in attributes and subgraphs too (whose depth was checked)."""
+    yield from weights
+    for node in nodes:
+        for a in node.attribute:
+            yield from (a.t, *a.tensors)
+            for sparse in (a.sparse_tensor, *a.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+        for graph in subgraphs(node):
+            yield from _tensors(graph.initializer, graph.node)
 
 
 def _elements(tensor: TensorProto) -> int:
@@ -198,21 +252,6 @@ def _check_sizes(model: ModelProto) -> None:
 
 
 def _typed(model: ModelProto) -> list[onnx.ValueInfoProto]:
-    """Every tensor whose shape the file declares or inference finds. Weights go in as their shapes alone, for
-    inference copies the model twice; small integers stay, for they are shapes."""
-    light = ModelProto()
-    light.CopyFrom(model)
+    """Every tensor whose shape the file declares or inference finds."""
     declared = [*model.graph.input, *model.graph.output, *model.graph.value_info]
-    del light.graph.initializer[:]
-    for weight in model.graph.initializer:
-        if weight.data_type == TensorProto.INT64 and _elements(weight) <= 64:
-            light.graph.initializer.append(weight)
-        elif weight.data_type:
-            light.graph.input.append(
-                onnx.helper.make_tensor_value_info(weight.name, weight.data_type, list(weight.dims))
-            )
-    try:
-        inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-    except Exception:  # what inference rejects may still run
-        return declared
-    return [*declared, *inferred.value_info, *inferred.output]
+    return [*declared, *infer(light(model))]

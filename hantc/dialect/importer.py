@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx.shape_inference
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, numpy_helper
+from onnx_graphsurgeon.logger import G_LOGGER
 from torch import fx, nn
 
 from hantc.core.errors import HantcError, ModelError, UnsupportedError
@@ -25,6 +25,7 @@ from hantc.dialect.fold_shapes import fold_shapes
 from hantc.dialect.functions.registry import function_of
 from hantc.dialect.graph import tidy
 from hantc.dialect.guard import check_untrusted
+from hantc.dialect.infer import with_inferred, without_claims
 from hantc.dialect.leaf import Array, Dim, Leaf, OnnxNode, attributes, has_torch_type, tensor
 from hantc.dialect.opaque import Opaque, captured, forks, subgraphs
 from hantc.dialect.registry import parse
@@ -131,24 +132,22 @@ def model_info(model: ModelProto) -> ModelInfo:
 
 def clean(model: ModelProto) -> ModelProto:
     """Fold constants and shape computations, drop dead nodes, sort, infer shapes."""
-    ort.set_default_logger_severity(4)  # graphsurgeon folds through ONNX Runtime, whose remarks help nobody
+    ort.set_default_logger_severity(4)  # graphsurgeon folds through ONNX Runtime; the remarks of both help nobody
     try:
-        graph = gs.import_onnx(model)
-        # graphsurgeon folds a Shape whole, even where it asks for a part of the dims (opset 15)
-        partial = any(n.op == "Shape" and n.attrs for n in graph.nodes)
-        # and mixes up the outputs of an If that has several when it puts a branch in its stead
-        forked = any(len(n.output) > 1 for n in forks(model.graph))
-        graph.fold_constants(fold_shapes=not partial, flatten_subgraphs=not forked, error_ok=True)
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
-        cleaned: ModelProto = gs.export_onnx(graph, do_type_check=False)
+        with G_LOGGER.suppress():
+            graph = gs.import_onnx(model)
+            # graphsurgeon folds a Shape whole, even where it asks for a part of the dims (opset 15)
+            partial = any(n.op == "Shape" and n.attrs for n in graph.nodes)
+            # and mixes up the outputs of an If that has several when it puts a branch in its stead
+            forked = any(len(n.output) > 1 for n in forks(model.graph))
+            graph.fold_constants(fold_shapes=not partial, flatten_subgraphs=not forked, error_ok=True)
+            graph.cleanup(remove_unused_graph_inputs=False).toposort()
+            cleaned: ModelProto = gs.export_onnx(graph, do_type_check=False)
     except Exception:  # graphsurgeon gives up on rare graphs; the importer works on the raw ones too
         cleaned = model
     finally:
         ort.set_default_logger_severity(2)
-    try:
-        return onnx.shape_inference.infer_shapes(cleaned, data_prop=True)
-    except Exception:  # a node that inference rejects may still run: its leaf becomes opaque
-        return cleaned
+    return with_inferred(cleaned)
 
 
 @dataclass
@@ -311,6 +310,7 @@ def _with_shapes(model: ModelProto, info: ModelInfo, b: _Build) -> tuple[ModelIn
 
 
 def _build(model: ModelProto) -> fx.GraphModule:
+    model = without_claims(model)
     info = model_info(model)
     for spec in info.inputs:
         if any(isinstance(d, int) and d < 0 for d in spec.shape):

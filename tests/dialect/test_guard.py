@@ -137,12 +137,41 @@ def _loop(*nodes: Any, weights: Any = ()) -> Any:
     return node("Loop", ["m", "t", "x"], ["y"], body=body)
 
 
+ENDLESS_TENSOR = numpy_helper.from_array(np.array(True))
 ENDLESS = {"m": np.array((1 << 63) - 1), "t": np.array(True)}
 
 
 def test_loop_without_end(models: Models, load: Loader) -> None:
     with pytest.raises(ModelError, match="turns over a million times"):
         load(small(models, _loop(node("Identity", ["c"], ["c2"])), constants=ENDLESS))
+
+
+def test_loop_without_end_by_a_constant_node(models: Models, load: Loader) -> None:
+    turns = node("Constant", [], ["m"], value_int=(1 << 63) - 1)
+    with pytest.raises(ModelError, match="turns over a million times"):
+        load(small(models, turns, _loop(node("Identity", ["c"], ["c2"])), constants={"t": np.array(True)}))
+
+
+def test_loops_within_a_loop(models: Models, load: Loader) -> None:
+    """Two thousand turns each, four million together; the number comes from the graph around."""
+    inner = _loop(node("Identity", ["c"], ["c2"]))
+    inner.input[2], inner.output[0] = "v", "w"
+    outer = _loop(node("Identity", ["c"], ["c2"]), inner)
+    constants = {"m": np.array(2000), "t": np.array(True)}
+    with pytest.raises(ModelError, match="turns over a million times"):
+        load(small(models, outer, constants=constants))
+    assert load(small(models, outer, constants=constants | {"m": np.array(200)})).graph.node
+
+
+def test_loop_without_end_in_a_function(models: Models, load: Loader) -> None:
+    body = [node("Constant", [], ["m"], value_int=1 << 40), node("Constant", [], ["t"], value=ENDLESS_TENSOR)]
+    loop = _loop(node("Identity", ["c"], ["c2"]))
+    function = helper.make_function("bomb", "f", ["x"], ["y"], [*body, loop], [helper.make_opsetid("", 17)])
+    model = models.make(
+        [node("f", ["x"], ["y"], domain="bomb")], {"x": [4]}, ["y"], domains={"bomb": 1}, functions=[function]
+    )
+    with pytest.raises(ModelError, match="turns over a million times"):
+        load(model)
 
 
 def test_loop_that_a_condition_ends(models: Models, load: Loader) -> None:
@@ -180,6 +209,24 @@ def test_external_data_stays_in_the_folder(models: Models, tmp_path: Path, locat
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match=r"model\.onnx"):
         load_onnx(folder / "model.onnx")
+
+
+def test_external_data_deep_in_a_function(models: Models, tmp_path: Path) -> None:
+    """onnx 1.23 does not look for weights there."""
+    weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
+    external_data_helper.set_external_data(weight, "/etc/hostname")
+    weight.ClearField("raw_data")
+    out = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
+    branch = helper.make_graph([node("Add", ["x", "w"], ["o"])], "g", [], [out], [weight])
+    fork = node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    truth = node("Constant", [], ["c"], value=ENDLESS_TENSOR)
+    function = helper.make_function("f", "f", ["x"], ["y"], [truth, fork], [helper.make_opsetid("", 17)])
+    model = models.make(
+        [node("f", ["x"], ["y"], domain="f")], {"x": [4]}, ["y"], domains={"f": 1}, functions=[function]
+    )
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"model\.onnx.*(another file|w)"):
+        load_onnx(tmp_path / "model.onnx")
 
 
 def test_external_data_in_the_folder(models: Models, tmp_path: Path) -> None:
