@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import tempfile
-from pathlib import Path
 
-import onnx
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
@@ -30,20 +28,20 @@ def export_module(module: nn.Module, example: Tensor) -> ModelProto:
     module.eval()
     pair = example.repeat(2, *(1,) * (example.dim() - 1))  # torch.export takes a batch of 1 for a constant
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            torch.onnx.export(
-                module,
-                (pair,),
-                str(path),
-                input_names=["input"],
-                output_names=["output"],
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=False,
-                verbose=False,
-            )
-            return onnx.load(str(path))
+        program = torch.onnx.export(
+            module,
+            (pair,),
+            input_names=["input"],
+            output_names=["output"],
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+            optimize=False,  # its rewrites fold norms into convolutions, whose weights change by that
+        )
+        assert program is not None
+        importlib.import_module("onnxscript.optimizer").fold_constants(program.model)
+        exported: ModelProto = program.model_proto
+        return exported
     except Exception as error:  # the exporter raises many unrelated types
         raise ModelError(f"torch.onnx.export cannot export it: {error}", where=type(module).__name__) from error
     finally:

@@ -76,7 +76,7 @@ def _positive(indices: Tensor, size: int) -> Tensor:
 def _gather(n: OnnxNode, x: Tensor, indices: Tensor) -> Tensor:
     axis = n.attrs.get("axis", 0) % x.dim()
     found = torch.index_select(x, axis, _positive(indices, x.shape[axis]).reshape(-1))
-    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return found.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def _gather_elements(n: OnnxNode, x: Tensor, indices: Tensor) -> Tensor:
