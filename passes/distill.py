@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import ClassVar
@@ -21,7 +23,7 @@ from hantc.passes.paper import train_paper
 from hantc.passes.plug import origin_of
 from hantc.passes.shortlist import shortlist
 from hantc.passes.state import Context, Proposal, State, WeightMap
-from hantc.passes.training import RECIPE, Job, checkpoint_of, gather, train
+from hantc.passes.training import RECIPE, Job, checkpoint_of, gather, seconds_for, train
 
 DEFAULT_BUDGET = 0.5
 _WEIGHT_BYTES = 16  # float32, with gradient and Adam's two moments
@@ -80,7 +82,7 @@ class Distill:
         """Train candidates side by side and add what they have become to `weights`; those that are out, and how many
         were trained. `share`: how much their part is of all, and of those left."""
         assert state.network is not None and ctx.data is not None
-        jobs, still = self._jobs(state, ctx, ctx.data, todo)
+        jobs, still, late = self._jobs(state, ctx, ctx.data, todo, seconds_for(ctx, share))
         progress = checkpoint_of(ctx.store, [*jobs, *still])
         if jobs:
             if ctx.config.recipe == "paper":
@@ -90,7 +92,10 @@ class Distill:
         weights.update({(job.region.name, job.spec.name): _weights(job.module) for job in still})
         kept = [(job, self._keep(job, ctx, weights)) for job in jobs]
         progress.clear()
-        return [(job.region.name, job.spec.name, "*", reason) for job, reason in kept if reason], len(jobs)
+        if late:
+            ctx.note(f"{len(late)} candidates were not derived for want of time: a longer --time-limit has them too")
+        out = [(job.region.name, job.spec.name, "*", reason) for job, reason in kept if reason]
+        return out + [(p.region, p.spec.name, "*", "no time was left to derive it") for p in late], len(jobs)
 
     @staticmethod
     def _exact(state: State) -> Weights:
@@ -143,27 +148,46 @@ class Distill:
         return ""
 
     @staticmethod
-    def _jobs(state: State, ctx: Context, data: Dataset, todo: Sequence[Keyed]) -> tuple[list[Job], list[Job]]:
-        """What is to be trained, built; and what has nothing to train."""
+    def _jobs(
+        state: State, ctx: Context, data: Dataset, todo: Sequence[Keyed], seconds: float
+    ) -> tuple[list[Job], list[Job], list[Proposal]]:
+        """What is to be trained, built; what has nothing to train; and what is left out, for deriving candidates has
+        taken the `seconds` that training may: those derived by then are of all regions alike."""
         assert state.network is not None and state.match is not None and state.costs is not None
         costs = least_costs(state)
         regions = {p.region: state.match.region(p.region) for p, _ in todo if p.spec.family in DERIVED}
         samples = gather(state.network, list(regions.values()), data)
-        jobs: list[Job] = []
-        still: list[Job] = []
+        built: dict[str, Job] = {}
+        late: list[Proposal] = []
+        deadline = time.monotonic() + seconds
         with ctx.reporter.bar(f"building {len(todo)} candidates", len(todo)) as bar:
-            for p, key in todo:
+            for p, key in _in_turn(todo):
+                bar.advance()
                 region = state.match.region(p.region)
                 torch.manual_seed(int(key[:8], 16))
                 origin = None
                 if p.spec.family in DERIVED:
+                    if not is_exact(p.spec) and time.monotonic() > deadline:
+                        late.append(p)
+                        continue
                     origin = origin_of(state.network, state.match, region, samples[region.input])
                 module = build(p.spec, Signature.of(region), origin=origin)
-                job = Job(region, p.spec, module, key, costs[p.region, p.spec.name])
                 module.requires_grad_(not is_exact(p.spec))  # the least step would end its being exact
-                (jobs if trainable([module]) else still).append(job)
-                bar.advance()
-        return jobs, still
+                built[key] = Job(region, p.spec, module, key, costs[p.region, p.spec.name])
+        made = [built[key] for _, key in todo if key in built]
+        jobs = [j for j in made if trainable([j.module])]
+        return jobs, [j for j in made if not trainable([j.module])], late
+
+
+def _in_turn(todo: Sequence[Keyed]) -> list[Keyed]:
+    """Candidates from scratch and exact ones, then the derived ones of all regions by turns: deriving takes long."""
+    quick = [(p, key) for p, key in todo if p.spec.family not in DERIVED or is_exact(p.spec)]
+    regions: dict[str, list[Keyed]] = {}
+    for p, key in todo:
+        if p.spec.family in DERIVED and not is_exact(p.spec):
+            regions.setdefault(p.region, []).append((p, key))
+    rounds = itertools.zip_longest(*regions.values())
+    return quick + [found for turn in rounds for found in turn if found is not None]
 
 
 def parts(kept: Sequence[Keyed], room: int) -> list[list[Keyed]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from hantc.core.errors import DataError, HantcError, ModelError
+from hantc.dialect.agreement import disagreement
 from hantc.dialect.emitter import opaque_leaves
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.guard import check_survives
@@ -15,6 +16,7 @@ from hantc.passes.engine import Judge, output_kind
 from hantc.passes.state import Context, State
 
 _CHECK_IMAGES = 200
+_APART = 0.01  # of the largest output: kernels' roundings stay far below, but for answers that jump (NMS, ArgMax)
 
 
 class Load:
@@ -38,6 +40,12 @@ class Load:
         for name, leaf in opaque_leaves(teacher):
             ctx.reporter.event("opaque", node=name, op=leaf.proto.op_type, reason=leaf.reason)
         info = teacher.meta["info"]
+        apart = disagreement(state.model, teacher)
+        if apart > _APART:
+            ctx.reporter.warn(
+                f"hantc reads the model otherwise than ONNX Runtime: outputs on random input differ by "
+                f"{100 * apart:.2g} % of the largest; see how far the student is from the file in the report"
+            )
         if ctx.data is not None:
             if len(info.inputs) != 1:
                 raise DataError(f"the model has {len(info.inputs)} inputs; --data can feed only one", where=where)

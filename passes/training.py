@@ -111,6 +111,11 @@ def checkpoint_of(store: Store, jobs: Sequence[Job]) -> Checkpoint:
     return Checkpoint(store, digest(sorted(j.key for j in jobs)))
 
 
+def seconds_for(ctx: Context, share: tuple[float, float]) -> float:
+    """What training may take; `share` as in `train`."""
+    return min(ctx.effort.distill_share * ctx.clock.limit_s * share[0], 0.6 * ctx.clock.remaining() * share[1])
+
+
 def train(
     network: fx.GraphModule,
     jobs: Sequence[Job],
@@ -129,7 +134,7 @@ def train(
     augment = augmentation(network, data, kind)
     size = min(ctx.effort.batch_size, len(data.train))
     steps = ctx.effort.distill_epochs * max(1, (len(data.train) + len(data.more or ())) // size)
-    seconds = min(ctx.effort.distill_share * ctx.clock.limit_s * share[0], 0.6 * ctx.clock.remaining() * share[1])
+    seconds = seconds_for(ctx, share)
     rates = sorted({j.rate for j in jobs})
     groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups if params])

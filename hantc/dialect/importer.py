@@ -31,6 +31,9 @@ from hantc.dialect.opaque import Opaque, captured, forks, subgraphs
 from hantc.dialect.registry import parse
 from hantc.dialect.verbatim import Verbatim
 
+# forms of a Constant node that hold numbers without their type
+_NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+
 
 def load_onnx(path: str | Path) -> ModelProto:
     """Read a model file. ModelError names the file where it is missing, truncated, no ONNX model, or not fit to be
@@ -130,6 +133,18 @@ def model_info(model: ModelProto) -> ModelInfo:
     )
 
 
+def _type_constants(graph: onnx.GraphProto) -> None:
+    """Write Constant nodes' numbers as tensors: graphsurgeon takes `value_float` for a double."""
+    for node in graph.node:
+        for a in node.attribute:
+            form = _NUMBERS.get(a.name) if node.op_type == "Constant" else None
+            if form is not None:
+                values = np.array(onnx.helper.get_attribute_value(a), form)
+                a.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
+        for inner in subgraphs(node):
+            _type_constants(inner)
+
+
 def clean(model: ModelProto) -> ModelProto:
     """Fold constants and shape computations, drop dead nodes, sort, infer shapes."""
     ort.set_default_logger_severity(4)  # graphsurgeon folds through ONNX Runtime; the remarks of both help nobody
@@ -208,13 +223,7 @@ def _numbered(stem: str) -> Iterator[str]:
 def _constant(node: NodeProto) -> Array | None:
     """The value of a Constant node (graphsurgeon folds most of them); None where it is of a rare kind."""
     values = attributes(node)
-    if "value" in values:
-        return numpy_helper.to_array(values["value"])
-    for key, dtype in (("float", np.float32), ("int", np.int64)):
-        for name in (f"value_{key}", f"value_{key}s"):
-            if name in values:
-                return np.array(values[name], dtype)
-    return None
+    return numpy_helper.to_array(values["value"]) if "value" in values else None
 
 
 def _passes_through(b: _Build, node: NodeProto) -> bool:
@@ -311,6 +320,7 @@ def _with_shapes(model: ModelProto, info: ModelInfo, b: _Build) -> tuple[ModelIn
 
 def _build(model: ModelProto) -> fx.GraphModule:
     model = without_claims(model)
+    _type_constants(model.graph)
     info = model_info(model)
     for spec in info.inputs:
         if any(isinstance(d, int) and d < 0 for d in spec.shape):

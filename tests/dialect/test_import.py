@@ -319,3 +319,17 @@ def test_cycle(models: Models) -> None:
     nodes = [node("Add", ["x", "b"], ["a"]), node("Relu", ["a"], ["b"])]
     with pytest.raises(ModelError, match="never made"):
         import_model(models.make(nodes, {"x": IMAGE}, {"b": IMAGE}))
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+def test_constants_without_a_type_are_float32(models: Models, opset: int) -> None:
+    """graphsurgeon takes them for doubles, which no Resize takes, and which would make a sum one."""
+    node = helper.make_node
+    nodes = [
+        node("Constant", [], ["scales"], value_floats=[1.0, 1.0, 2.0, 2.0]),
+        node("Constant", [], ["half"], value_float=0.5),
+        node("Resize", ["x", "", "scales"], ["a"], mode="nearest"),
+        node("Add", ["a", "half"], ["y"]),
+    ]
+    trip = models.trip(models.make(nodes, {"x": ["N", 2, 3, 3]}, ["y"], opset=opset))
+    assert all(b.dtype == torch.float32 for b in trip.module.buffers() if b.is_floating_point())

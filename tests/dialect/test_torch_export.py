@@ -34,10 +34,12 @@ def test_norms_and_weights_stay() -> None:
     leaves = [leaf_of(network, n) for n in network.graph.nodes]
     norms = [m for m in leaves if isinstance(m, BatchNorm)]
     convs = [m for m in leaves if isinstance(m, Conv)]
-    for made, own in zip(norms, (module[1], module[4]), strict=True):
-        assert torch.equal(made.running_var, own.running_var) and torch.equal(made.running_mean, own.running_mean)
-        assert torch.equal(made.weight, own.weight)
-    for conv, source in zip(convs, (module[0], module[3]), strict=True):
-        assert torch.equal(conv.weight, source.weight)
+    own = module.state_dict()
+    for made, i in zip(norms, (1, 4), strict=True):
+        assert torch.equal(made.running_var, own[f"{i}.running_var"])
+        assert torch.equal(made.running_mean, own[f"{i}.running_mean"])
+        assert torch.equal(made.weight, own[f"{i}.weight"])
+    for conv, i in zip(convs, (0, 3), strict=True):
+        assert torch.equal(conv.weight, own[f"{i}.weight"])
     x = torch.randn(5, 3, 12, 12)  # any batch
     assert torch.allclose(network(x), module.eval()(x), atol=1e-5)

@@ -188,6 +188,12 @@ class Recorder(Reporter):
         return [fields for k, fields in self.events if k == kind][-1]
 
 
+def warnings(ctx: Context) -> list[str]:
+    """What a run has warned of so far."""
+    assert isinstance(ctx.reporter, Recorder)
+    return [str(fields["text"]) for kind, fields in ctx.reporter.events if kind == "warning"]
+
+
 @dataclass
 class Lab:
     """The toy network, its data and contexts; `context` makes a fresh store unless given one."""

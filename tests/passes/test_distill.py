@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,7 @@ from hantc.passes.engine import relative_mse
 from hantc.passes.plug import origin_of, trained
 from hantc.passes.state import Clock, Context, Proposal, State
 from hantc.passes.training import Job, train
-from tests.passes.conftest import Recorder
+from tests.passes.conftest import warnings
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -289,11 +290,6 @@ def test_too_short_a_training_is_told(lab: Lab) -> None:
     assert not warnings(ctx)
 
 
-def warnings(ctx: Context) -> list[str]:
-    assert isinstance(ctx.reporter, Recorder)
-    return [str(fields["text"]) for kind, fields in ctx.reporter.events if kind == "warning"]
-
-
 def test_without_data_nothing_is_trained(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch)
     state = Distill().call(offering(lab.matched), lab.context())
@@ -321,3 +317,31 @@ def test_the_wanted_latency() -> None:
     assert (wanted(None), wanted(Budget(fraction=0.25)), wanted(Budget(ms=3.0))) == (4.0, 2.0, 3.0)
     slow = replace(table, pace=1.5)  # the teacher took 12 ms on the wall
     assert (wanted(Budget(fraction=0.25), slow), wanted(Budget(ms=3.0), slow)) == (2.0, 2.0)
+
+
+def test_deriving_ends_where_training_would_have_no_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All regions by turns; what needs no deriving is always there."""
+    slims = [CandidateSpec.make("slim", keep=k) for k in (0.5, 0.25)]
+    offers = [("r01", s) for s in slims] + [("r02", s) for s in slims] + [("r02", STACK)]
+    state, ctx = offering(lab.matched, *offers), lab.fresh(effort={"distill_epochs": 1})
+    clock = iter(range(100))
+    monkeypatch.setattr(distill, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    assert state.network is not None and ctx.data is not None
+    keyed = [(p, weights_key(state, ctx, p)) for p in state.proposals or ()]
+    jobs, still, late = Distill._jobs(state, ctx, ctx.data, keyed, 2.0)
+    assert [(j.region.name, j.spec.name) for j in jobs] == [
+        ("r01", "slim_keep0.5"),
+        ("r02", "slim_keep0.5"),
+        ("r02", STACK.name),
+    ]
+    assert not still
+    assert [(p.region, p.spec.name) for p in late] == [("r01", "slim_keep0.25"), ("r02", "slim_keep0.25")]
+
+
+def test_what_was_not_derived_is_told(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "seconds_for", lambda *_: -1.0)
+    ctx = lab.fresh(effort={"distill_epochs": 1})
+    after, weights = done(offering(lab.matched, ("r01", SLIM), ("r01", STACK)), ctx)
+    assert set(weights) == {("r01", STACK.name)}
+    assert ("r01", SLIM.name, "*", "no time was left to derive it") in after.costs.skipped if after.costs else False
+    assert any("1 candidates were not derived" in n for n in ctx.notes)
