@@ -28,7 +28,7 @@ from hantc.passes.state import Context, State
 
 _DEEP = 20  # atoms
 _LARGE = 12  # convolutions, or twice as many products with attention among them: what has more is looked into
-_WHOLE = ("", "dense_layer", "dense_block")  # kinds that are not
+_WHOLE = ("", "dense_layer")  # kinds that are not
 _TAILS = frozenset(  # activations and norms that have no leaf of their own
     {"Gelu", "Mish", "Elu", "Celu", "Selu", "PRelu", "ThresholdedRelu", "Swish",
      "InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "LRN"}
@@ -69,12 +69,13 @@ class Matcher:
         if not self.nested:
             return []
         size = self._count(es, (Conv, Linear, MatMul)) / 2 if kind == "attention" else self._count(es, (Conv,))
-        if not last and (kind in _WHOLE or size <= _LARGE):
+        if not last and (kind in _WHOLE or (size <= _LARGE and kind != "dense_block")):
             return []
         found: list[tuple[str, list[Element]]] = []
         for e in es:
             for line in inner_lines(self.module, e, self.shapes) if not e.simple else []:
-                for inner, part in self.group(line, seen_conv=True):
+                layer = kind == "dense_block" and self._count(line, (Conv,)) > 1
+                for inner, part in [("dense_layer", line)] if layer else self.group(line, seen_conv=True):
                     found += self.inside(inner, part) or [(inner, part)]
         judged = self._judged()  # nothing would tell what a change does to the other outputs
         kept = [(k, part) for k, part in found if k and part[-1].exit in judged and self._fits(k, part)]

@@ -31,11 +31,11 @@ class Exact(DerivedFamily):
     `form` merged: convolutions in a row without an activation between as one, grouped ones too (depthwise +
     pointwise); wide16, wide32, wide64: grouped convolutions in groups of so many channels, with zeros where nothing
     was (ONNX Runtime needs 2 to 5 times as long for groups of 4 or 8 channels); matrix: convolutions of single pixels
-    (gates) as matrix products."""
+    (gates) as matrix products; pixels: matrix products of such pixels as convolutions."""
 
     name = "exact"
     source = "exact; hantc"
-    params = MappingProxyType({"form": ("merged", "wide16", "wide32", "wide64", "matrix")})
+    params = MappingProxyType({"form": ("merged", "wide16", "wide32", "wide64", "matrix", "pixels")})
     exact = True
 
     def unsuited(self, spec: CandidateSpec, origin: Origin) -> str:
@@ -115,6 +115,45 @@ def _between(block: fx.GraphModule, node: fx.Node, channels: int, dims: int, map
     maps.add(after)
 
 
+def _pixels(block: fx.GraphModule) -> int:
+    """Write products of a gate's channels with a matrix as 1×1 convolutions; how many."""
+    shapes = dict(shapes_of(block, [torch.zeros(2, *block.meta["info"].inputs[0].shape[1:])]))
+    flat: set[fx.Node] = set()  # what flattens results of products before
+    done = 0
+    for node, linear in calls(block, Linear):
+        out, channels = linear.weight.shape
+        x, shape = source(node), (channels, 1, 1)
+        if x not in flat and not (isinstance(leaf_of(block, x), Flatten | Reshape) and _map(source(x), shapes, shape)):
+            continue
+        if shared(block, node):
+            continue
+        conv = Conv(channels, out, 1, bias=linear.bias is not None)
+        conv.weight = nn.Parameter(linear.weight.detach().clone()[..., None, None])
+        if linear.bias is not None:
+            conv.bias = nn.Parameter(linear.bias.detach().clone())
+        swap(block, node, conv)
+        node.replace_input_with(x, source(x))
+        last = node
+        while (user := sole_user(last)) is not None and isinstance(leaf_of(block, user), _POINTWISE):
+            last = user
+        for user in list(last.users):  # what makes a map of them again has nothing to do
+            if isinstance(leaf_of(block, user), Reshape) and _map(user, shapes, (out, 1, 1)):
+                user.replace_all_uses_with(last)
+                block.graph.erase_node(user)
+            else:
+                made = _called(block, f"{node.name}_flat", Flatten(), last)
+                user.replace_input_with(last, made)
+                flat.add(made)
+        done += 1
+    block.graph.eliminate_dead_code()
+    return done
+
+
+def _map(node: fx.Node, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    """Whether a value has this shape for each image."""
+    return shapes.get(node.name, ())[1:] == shape
+
+
 def _called(block: fx.GraphModule, name: str, leaf: nn.Module, value: fx.Node) -> fx.Node:
     block.add_submodule(name, leaf)
     with block.graph.inserting_after(value):
@@ -129,5 +168,6 @@ _FORMS: Mapping[str, tuple[Callable[[fx.GraphModule], int], str]] = MappingProxy
             for n in (16, 32, 64)
         },
         "matrix": (_matrix, "no convolution of single pixels"),
+        "pixels": (_pixels, "no matrix product of single pixels"),
     }
 )

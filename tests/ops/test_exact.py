@@ -77,6 +77,14 @@ def test_gates_become_matrix_products(act: str) -> None:
     assert found.count("Conv") == 1
 
 
+@pytest.mark.parametrize("act", ["relu", "silu", "hardswish"])
+def test_and_convolutions_again(act: str) -> None:
+    made = formed(formed(traced(Gate(act), (4, 6, 6)), "matrix"), "pixels")
+    found = kinds(made)
+    assert found.count("Conv") == 3
+    assert not {"Linear", "Flatten", "Reshape"} & set(found)
+
+
 def test_a_convolution_of_one_pixel_alone() -> None:
     made = formed(traced(nn.Sequential(GlobalPool(), Conv(4, 6)), (4, 6, 6)), "matrix")
     assert [type(m) for m in made.children()] == [GlobalPool, Flatten, Linear, Reshape]
@@ -154,6 +162,7 @@ def test_merging_has_a_limit() -> None:
     [
         (nn.Sequential(Conv(4, 4, 3), activation("relu"), Conv(4, 4)), "merged", "could be one"),
         (nn.Sequential(Conv(4, 4, 3)), "wide64", "no convolution in groups"),
+        (nn.Sequential(Conv(4, 4, 3)), "pixels", "no matrix product of single pixels"),
         (nn.Sequential(Conv(4, 4, 3, groups=4)), "wide64", "no convolution in groups"),
         (nn.Sequential(Conv(64, 64, 3, groups=2)), "wide32", "no convolution in groups"),
         (nn.Sequential(Conv(4, 4)), "matrix", "single pixels"),

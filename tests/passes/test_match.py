@@ -84,6 +84,9 @@ def check(module: fx.GraphModule, found: MatchResult) -> None:
     for r in found.regions:
         inside = atoms[r.atoms[0] : r.atoms[-1] + 1]
         assert r.atoms == tuple(a.atoms[0] for a in inside)
+        if r.name.endswith("_whole"):  # more than its atoms: what joins them
+            assert {n for a in inside for n in a.nodes} < set(r.nodes)
+            continue
         assert (r.input, r.output) == (inside[0].input, inside[-1].output)
         assert (r.in_shape, r.out_shape) == (inside[0].in_shape, inside[-1].out_shape)
         assert set(r.nodes) == {n for a in inside for n in a.nodes}
@@ -200,17 +203,38 @@ def test_dense_layers_nest_in_a_dense_block(sketch: Pen) -> None:
     assert [found.region(f"r{i:02d}").parent for i in range(6)] == [None, *[block.name] * 3, None, None]
 
 
-def test_a_dense_block_that_concatenates_all_its_layers_at_once_is_one_region(sketch: Pen) -> None:
+def flat_block(s: Sketch, *, bottleneck: bool) -> None:
     """As torchvision's and timm's DenseNets are exported: no node inside is on every path."""
-    s = sketch(3, 12, 12)
     features = [stem(s)]
     joined = features[0]
     for i, tag in enumerate("abc"):
-        at = s.chain(joined, **{f"{tag}n": BatchNorm(8 + 4 * i), f"{tag}r": relu(), f"{tag}c": Conv(8 + 4 * i, 4, 3)})
+        c = 8 + 4 * i
+        steps: dict[str, nn.Module] = {f"{tag}n": BatchNorm(c), f"{tag}r": relu()}
+        if bottleneck:
+            steps |= {f"{tag}b": Conv(c, 16, 1), f"{tag}h": relu()}
+        at = s.chain(joined, **steps, **{f"{tag}c": Conv(16 if bottleneck else c, 4, 3)})
         features.append(at)
         joined = s.add(f"{tag}cat", Concat(1, len(features)), *features)
+
+
+def test_a_dense_block_that_concatenates_all_its_layers_at_once_is_one_region(sketch: Pen) -> None:
+    s = sketch(3, 12, 12)
+    flat_block(s, bottleneck=False)
     region = only(run(s), "dense_block")
     assert (region.input, region.output, region.atoms) == ("stem_act", "ccat", (1,))
+
+
+def test_layers_of_such_a_block_are_regions_where_they_are_more_than_a_convolution(sketch: Pen) -> None:
+    s = sketch(3, 12, 12)
+    flat_block(s, bottleneck=True)
+    found = run(s)
+    layers = [r for r in found.regions if r.kind == "dense_layer"]
+    ends = [(r.input, r.output, r.out_shape[0]) for r in layers]
+    assert ends == [("stem_act", "ac", 4), ("acat", "bc", 4), ("bcat", "cc", 4)]
+    assert layers[0].nodes == ("an", "ar", "ab", "ah", "ac")
+    block = only(found, "dense_block")
+    assert (block.input, block.output, block.atoms) == ("stem_act", "ccat", (1, 2, 3))
+    assert all(r.parent == block.name for r in layers)
 
 
 def attention(s: Sketch, source: str, dim: int, tag: str = "") -> str:

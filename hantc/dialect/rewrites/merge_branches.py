@@ -25,7 +25,8 @@ class _Branch:
 
 
 class MergeBranches:
-    """k×k convolution + 1×1 convolution or norm of the same input → one k×k convolution."""
+    """k×k convolution + 1×1 convolution or norm of the same input → one k×k convolution; in groups too, depthwise ones
+    among them (MobileOne's)."""
 
     name = "merge_branches"
 
@@ -75,14 +76,14 @@ def _why_not(gm: fx.GraphModule, big: _Branch, small: _Branch, lazy: Lazy) -> st
     if shape is None or shape != other:
         return "sizes are unknown or differ"
     conv = big.leaf
-    if conv.groups != 1 or set(conv.dilation) != {1}:
-        return "a grouped or dilated convolution"
+    if set(conv.dilation) != {1}:
+        return "a dilated convolution"
     if isinstance(small.leaf, BatchNorm):
         centred = set(conv.stride) == {1} and all(p < k for p, k in zip(conv.pads, conv.kernel, strict=False))
-        if not centred or conv.weight.shape[0] != conv.weight.shape[1]:
+        if not centred or conv.weight.shape[0] != conv.weight.shape[1] * conv.groups:
             return "the norm's branch does not meet the kernel"
         return ""
-    if small.leaf.groups != 1 or set(small.leaf.dilation) != {1} or small.leaf.stride != conv.stride:
+    if small.leaf.groups != conv.groups or set(small.leaf.dilation) != {1} or small.leaf.stride != conv.stride:
         return "the convolutions have other groups, strides or dilations"
     offsets = _offsets(conv, small.leaf)
     inside = all(o >= 0 and o + s <= k for o, s, k in zip(offsets, small.leaf.kernel, conv.kernel, strict=True))
@@ -101,8 +102,8 @@ def _merged(big: Conv, small: Conv | BatchNorm) -> Conv:
     if isinstance(small, BatchNorm):
         scale, shift = (t.detach().double() for t in small.scale_shift())
         at = tuple(big.pads[: len(big.kernel)])
-        for channel in range(weight.shape[0]):
-            weight[(channel, channel, *at)] += scale[channel]
+        for channel in range(weight.shape[0]):  # of its group it is the channel of the same number
+            weight[(channel, channel % weight.shape[1], *at)] += scale[channel]
         bias = bias + shift
     else:
         window = tuple(slice(o, o + k) for o, k in zip(_offsets(big, small), small.kernel, strict=True))

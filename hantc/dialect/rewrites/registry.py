@@ -5,6 +5,7 @@ from __future__ import annotations
 from hantc.dialect.rewrites.base import Rewrite
 from hantc.dialect.rewrites.commute_pool import CommutePool
 from hantc.dialect.rewrites.drop_noops import DropNoops
+from hantc.dialect.rewrites.drop_requantize import DropRequantize
 from hantc.dialect.rewrites.fold_norm import FoldAffine, FoldNorm
 from hantc.dialect.rewrites.fold_pad import FoldPad
 from hantc.dialect.rewrites.fuse_act import ClipToRelu, FuseHardSwish, FuseSilu
@@ -17,6 +18,7 @@ from hantc.dialect.rewrites.sink_transpose import SinkTranspose
 # What clears the way comes first: a no-op between a convolution and its norm would keep them apart.
 REWRITES: tuple[Rewrite, ...] = (
     DropNoops(),
+    DropRequantize(),
     SinkTranspose(),
     ClipToRelu(),
     FuseSilu(),

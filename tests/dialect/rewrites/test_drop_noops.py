@@ -9,7 +9,6 @@ from onnx import NodeProto, TensorProto, helper
 
 from hantc.dialect.activation import Clip
 from hantc.dialect.rewrites.drop_noops import DropNoops
-from hantc.dialect.rewrites.global_pool import MakeGlobalPool
 
 if TYPE_CHECKING:
     from tests.dialect.rewrites.conftest import Rewriting
@@ -162,50 +161,3 @@ def test_open_sizes_are_a_reason(rewriting: Rewriting) -> None:
 
 
 # --- global pooling
-
-
-@pytest.mark.parametrize(
-    ("made", "wanted"),
-    [
-        (node("ReduceMean", ["x"], ("y",), axes=[2, 3]), ["GlobalAveragePool"]),
-        (node("ReduceMean", ["x"], ("y",), axes=[-1, -2]), ["GlobalAveragePool"]),
-        (node("ReduceMax", ["x"], ("y",), axes=[3, 2]), ["GlobalMaxPool"]),
-        (node("ReduceMean", ["x"], ("y",), axes=[2, 3], keepdims=0), ["GlobalAveragePool", "Flatten"]),
-        (node("AveragePool", ["x"], ("y",), kernel_shape=[8, 8]), ["GlobalAveragePool"]),
-        (node("MaxPool", ["x"], ("y",), kernel_shape=[8, 8], strides=[8, 8]), ["GlobalMaxPool"]),
-    ],
-    ids=lambda v: v.op_type if isinstance(v, NodeProto) else "",
-)
-def test_global_pool(rewriting: Rewriting, made: NodeProto, wanted: list[str]) -> None:
-    r = rewriting.run(MakeGlobalPool(), [made])
-    assert r.after == wanted and r.missed == []
-
-
-@pytest.mark.parametrize(
-    ("kept", "reason"),
-    [
-        (node("ReduceMean", ["x"], ("y",), axes=[1, 2, 3]), "not the spatial ones"),
-        (node("ReduceMean", ["x"], ("y",), axes=[3]), "not the spatial ones"),
-        (node("ReduceMean", ["x"], ("y",), axes=[1]), ""),
-        (node("ReduceSum", ["x", "two"], ("y",)), ""),
-        (node("AveragePool", ["x"], ("y",), kernel_shape=[7, 7], strides=[2, 2]), "is not the whole map [8, 8]"),
-        (node("AveragePool", ["x"], ("y",), kernel_shape=[4, 4]), ""),
-    ],
-    ids=lambda v: v.op_type if isinstance(v, NodeProto) else "",
-)
-def test_not_global(rewriting: Rewriting, kept: NodeProto, reason: str) -> None:
-    r = rewriting.run(MakeGlobalPool(), [kept], CONSTANTS)
-    assert r.after == r.before and r.applied == []
-    assert [reason in m for m in r.reasons] == ([True] if reason else [])
-
-
-def test_mean_over_features_of_tokens_stays(rewriting: Rewriting) -> None:
-    r = rewriting.run(MakeGlobalPool(), [node("ReduceMean", ["x"], ("y",), axes=[-1])], x=("N", 5, 6))
-    assert r.after == ["ReduceMean"] and r.missed == []
-
-
-def test_flatten_output_serves_all_users(rewriting: Rewriting) -> None:
-    nodes = [node("ReduceMean", ["x"], axes=[2, 3], keepdims=0), node("Add", ["a", "a"], ("y",))]
-    r = rewriting.run(MakeGlobalPool(), nodes)
-    assert r.after == ["GlobalAveragePool", "Flatten", "Add"]
-    assert r.module(torch.ones(2, 4, 8, 8).double()).shape == (2, 4)

@@ -63,6 +63,15 @@ def test_three_branches(rewriting: Rewriting) -> None:
     assert r.after == ["Conv"]
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_branches_in_groups(rewriting: Rewriting, groups: int) -> None:
+    """MobileOne's: depthwise 3×3, depthwise 1×1, norm."""
+    nodes = [conv("w3", "a", group=groups, **THREE), conv("w1", "b", group=groups), add("a", "b", "s"), NORM]
+    weights = {"w3": w(4, 4 // groups, 3, 3), "w1": w(4, 4 // groups, 1, 1), **norm(4)}
+    r = rewriting.run(MergeBranches(), [*nodes, add("s", "n")], weights)
+    assert r.after == ["Conv"]
+
+
 def test_other_offsets_are_kept(rewriting: Rewriting) -> None:
     nodes = [conv("w3", "a", pads=[2, 2, 0, 0]), conv("w1", "b"), add("a", "b")]
     assert rewriting.run(MergeBranches(), nodes, {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1)}).after == ["Conv"]
@@ -75,15 +84,14 @@ RELU = helper.make_node("Relu", ["b"], ["z"])
     ("nodes", "reason"),
     [
         ([conv("w3", "a", **THREE), conv("w1", "b"), add("a", "b"), RELU], "elsewhere"),
-        ([conv("w3", "a", group=2, **THREE), conv("g1", "b", group=2), add("a", "b")], "grouped"),
+        ([conv("g3", "a", group=2, **THREE), conv("w1", "b"), add("a", "b")], "other groups"),
+        ([conv("w3", "a", pads=[2] * 4, dilations=[2, 2]), conv("w1", "b"), add("a", "b")], "dilated"),
         ([conv("w2", "a", pads=[0, 0, 1, 1]), conv("w3", "b", **THREE), add("a", "b")], ""),
     ],
-    ids=["used", "grouped", "inside"],
+    ids=["used", "grouped", "dilated", "inside"],
 )  # fmt: skip
 def test_near_matches(rewriting: Rewriting, nodes: list[NodeProto], reason: str) -> None:
-    constants = {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1), "g1": w(4, 2, 1, 1), "w2": w(4, 4, 2, 2)}
-    if reason == "grouped":
-        constants["w3"] = w(4, 2, 3, 3)
+    constants = {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1), "g3": w(4, 2, 3, 3), "w2": w(4, 4, 2, 2)}
     outputs = ("y", "z") if reason == "elsewhere" else ("y",)
     r = rewriting.run(MergeBranches(), nodes, constants, outputs=outputs)
     if reason:
