@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from hantc.core.types import CostRow, Region, ScoreRow, digest
+from hantc.core.types import Region, ScoreRow, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import fake_quantize, observing
 from hantc.dialect.graph import read_beside, subgraph, with_taps
+from hantc.ops.registry import is_exact
 from hantc.passes.distill import weights_key
 from hantc.passes.engine import (
     OutputKind,
@@ -36,6 +37,11 @@ from hantc.passes.state import Context, Proposal, State, WeightMap
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
 _VERSION = 7
+_FASTER = (
+    0.9  # of what the teacher takes: the dearer precision of a candidate is looked at where it is faster than that
+)
+_BETTER = 0.8  # of the score in the cheaper precision: what is not nearer to the teacher by so much adds nothing
+_LOOK = 2  # batches, one of them blended, after which that is judged
 
 
 @dataclass
@@ -47,10 +53,22 @@ class _Entry:
     precision: str
     module: fx.GraphModule
     key: str
-    losses: list[Tensor]
-    hits: list[Tensor]
-    same: list[Tensor]
-    mse: list[float]
+    cheaper: str = ""  # the precision that this one must be better than
+    bar: float = math.nan  # the score there, if it is known already
+    losses: list[Tensor] = field(default_factory=list)
+    hits: list[Tensor] = field(default_factory=list)
+    same: list[Tensor] = field(default_factory=list)
+    mse: list[float] = field(default_factory=list)
+
+    @property
+    def at(self) -> tuple[str, str, str]:
+        """Region, candidate, precision."""
+        return self.region.name, self.candidate, self.precision
+
+    @property
+    def score(self) -> float:
+        """The mean loss so far."""
+        return float(torch.cat(self.losses).mean())
 
 
 class Score:
@@ -77,22 +95,20 @@ class Score:
     def _entries(self, state: State, ctx: Context) -> tuple[list[ScoreRow], list[_Entry]]:
         assert state.match is not None and state.costs is not None and state.weights is not None
         assert state.network is not None and ctx.data is not None
-        costs = state.costs.by_key()
         proposals = {(p.region, p.spec.name): p for p in state.proposals or ()}
-        # a span's teacher in INT8 is that of each of its parts: it would only be scored twice
-        atoms = [r for r in state.match.regions if len(r.atoms) == 1]
-        wanted = [(r, "teacher", "int8") for r in atoms if "int8" in ctx.precisions]
-        wanted += [(state.match.region(r), c, self._cheaper(costs, r, c)) for r, c in state.weights]
-        stored_rows: list[ScoreRow] = []
+        rows: dict[tuple[str, str, str], ScoreRow] = {}
         entries: list[_Entry] = []
-        for region, candidate, precision in wanted:
-            if (region.name, candidate, precision) not in costs:
-                continue
+        for region, candidate, precision, cheaper in self._wanted(state, ctx):
             proposal = proposals.get((region.name, candidate))
+            if proposal is not None and precision == ctx.base and is_exact(proposal.spec):
+                rows[region.name, candidate, precision] = _perfect(region.name, candidate, ctx)
+                continue
             key = self._key(state, ctx, region, proposal, precision)
             stored = ctx.store.get_json("score", key)
             if stored is not None:
-                stored_rows.append(ScoreRow(**{**stored, "region": region.name}))
+                rows[region.name, candidate, precision] = ScoreRow(**{**stored, "region": region.name})
+                continue
+            if cheaper and ctx.store.get_json("verdict", key) is not None:
                 continue
             if proposal is None:
                 module = teacher_part(state.network, region)
@@ -101,14 +117,33 @@ class Score:
                 module = trained(region, proposal.spec, state.weights[region.name, candidate], origin=origin)
             if precision == "int8":
                 module = fake_quantize(module, ctx.quant)
-            entries.append(_Entry(region, candidate, precision, module, key, [], [], [], []))
-        return stored_rows, entries
+            twin = rows.get((region.name, candidate, cheaper))
+            bar = twin.score if twin is not None else math.nan
+            entries.append(_Entry(region, candidate, precision, module, key, cheaper, bar))
+        return list(rows.values()), entries
 
     @staticmethod
-    def _cheaper(costs: Mapping[tuple[str, str, str], CostRow], region: str, candidate: str) -> str:
-        """The precision to score a candidate in: the other one is dearer, and not better by enough to matter."""
-        times = {p: row.latency_ms for (r, c, p), row in costs.items() if (r, c) == (region, candidate)}
-        return min(times, key=lambda p: times[p], default="")
+    def _wanted(state: State, ctx: Context) -> list[tuple[Region, str, str, str]]:
+        """(region, candidate, precision, "" or the cheaper precision that it must be better than): every candidate in
+        the precision in which it is faster, and in the other one where that is faster than the teacher still."""
+        assert state.match is not None and state.costs is not None and state.weights is not None
+        times: dict[tuple[str, str], dict[str, float]] = {}
+        for row in state.costs.rows:
+            times.setdefault((row.region, row.candidate), {})[row.precision] = row.latency_ms
+        # a span's teacher in INT8 is that of each of its parts: it would only be scored twice
+        atoms = [r for r in state.match.regions if len(r.atoms) == 1]
+        wanted = [(r, "teacher", "int8", "") for r in atoms if "int8" in times.get((r.name, "teacher"), {})]
+        for name, candidate in state.weights:
+            ways = times.get((name, candidate), {})
+            order = sorted(ways, key=lambda p: ways[p])
+            limit = _FASTER * times.get((name, "teacher"), {}).get(ctx.base, 0.0)
+            cheaper = ["", *order[:1] * (len(order) - 1)][: len(order)]
+            wanted += [
+                (state.match.region(name), candidate, p, c)
+                for p, c in zip(order, cheaper, strict=True)
+                if not c or ways[p] < limit
+            ]
+        return wanted
 
     @staticmethod
     def _key(state: State, ctx: Context, region: Region, proposal: Proposal | None, precision: str) -> str:
@@ -139,13 +174,29 @@ class Score:
             for x, y, blended in judging_batches(data.search, n, blend=True):
                 hits.append(self._batch(network, kind, entries, x, y, first=not hits, blended=blended))
                 bar.advance(x.shape[0])
+                if len(hits) == _LOOK:
+                    entries = self._worthwhile(entries, ctx)
         teacher_hits = torch.cat(hits)
         rows = []
-        for e in entries:
+        # dearer ones first: whether they are worth it is judged with the cheaper one's images, not with its stored row
+        for e in sorted(entries, key=lambda e: not e.cheaper):
             row = self._row(e, teacher_hits, data.labelled)
             ctx.store.put_json("score", e.key, asdict(row))
             rows.append(row)
         return rows
+
+    @staticmethod
+    def _worthwhile(entries: Sequence[_Entry], ctx: Context) -> list[_Entry]:
+        """Without those in a dearer precision that are no nearer to the teacher than in the cheaper one."""
+        scores = {e.at: e.score for e in entries}
+        kept = []
+        for e in entries:
+            bar = scores.get((*e.at[:2], e.cheaper), e.bar)
+            if e.cheaper and e.score > _BETTER * bar:
+                ctx.store.put_json("verdict", e.key, {"as_good": e.cheaper})
+            else:
+                kept.append(e)
+        return kept
 
     @staticmethod
     def _batch(

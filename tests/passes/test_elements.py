@@ -206,7 +206,7 @@ def test_a_block_inside_is_scored_as_in_the_network(lab: Lab, sketch: Pen) -> No
         with torch.no_grad():
             for p in part.parameters():
                 p.mul_(1.1)
-            entries.append(_Entry(region, "c", "fp32", part, "", [], [], [], []))
+            entries.append(_Entry(region, "c", "fp32", part, ""))
             wanted.append(divergence(kind, compose(network, [(region, part)])(x), network(x)))
     with torch.no_grad():
         Score._batch(network, kind, entries, x, y, first=True, blended=False)

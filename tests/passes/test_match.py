@@ -14,6 +14,7 @@ from hantc.dialect.activation import Silu, Softmax, Unary
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Add, Mul
 from hantc.dialect.graph import standalone_info
+from hantc.dialect.leaf import Leaf
 from hantc.dialect.linear import Linear, MatMul
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.pool import GlobalPool, Pool
@@ -209,7 +210,7 @@ def flat_block(s: Sketch, *, bottleneck: bool) -> None:
     joined = features[0]
     for i, tag in enumerate("abc"):
         c = 8 + 4 * i
-        steps: dict[str, nn.Module] = {f"{tag}n": BatchNorm(c), f"{tag}r": relu()}
+        steps: dict[str, Leaf] = {f"{tag}n": BatchNorm(c), f"{tag}r": relu()}
         if bottleneck:
             steps |= {f"{tag}b": Conv(c, 16, 1), f"{tag}h": relu()}
         at = s.chain(joined, **steps, **{f"{tag}c": Conv(16 if bottleneck else c, 4, 3)})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import fx
 
 from hantc.core.types import CandidateSpec, CostRow, CostTable, ScoreRow, Signature
 from hantc.ops.registry import build
+from hantc.passes import score
 from hantc.passes.score import Score
 from hantc.passes.state import Context, Proposal, State, WeightMap
 
@@ -95,6 +99,55 @@ def test_the_cheaper_precision_is_scored(lab: Lab) -> None:
     for precisions in (("fp32", "int8"), ("int8", "fp32")):
         rows = scored(offering(lab.matched, offer, precisions=precisions), lab.fresh())
         assert {p for r, c, p in rows if c == STACK.name} == {precisions[-1]}
+
+
+def twice(lab: Lab, **costs: float) -> State:
+    """One candidate, in two precisions that are both faster than the teacher."""
+    offer = ("r03", STACK, weights_of(lab.matched, "r03", STACK))
+    state = offering(lab.matched, offer, precisions=("fp32", "int8"))
+    assert state.costs is not None
+    rows = [replace(r, latency_ms=costs[r.precision]) if r.candidate == STACK.name else r for r in state.costs.rows]
+    return replace(state, costs=replace(state.costs, rows=tuple(rows)))
+
+
+def test_the_dearer_precision_counts_where_it_is_nearer_to_the_teacher(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for candidates that do not survive INT8."""
+
+    def broken(module: fx.GraphModule, quant: object) -> fx.GraphModule:
+        made = copy.deepcopy(module)
+        for p in made.parameters():
+            p.data.zero_()
+        return made
+
+    monkeypatch.setattr(score, "fake_quantize", broken)
+    rows = scored(twice(lab, fp32=0.5, int8=0.25), lab.fresh())
+    assert rows["r03", STACK.name, "fp32"].score < 0.8 * rows["r03", STACK.name, "int8"].score
+    slow = scored(twice(lab, fp32=0.95, int8=0.25), lab.fresh())
+    assert ("r03", STACK.name, "fp32") not in slow, "no faster than the teacher"
+
+
+def test_the_dearer_precision_is_left_where_it_adds_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx, state = lab.fresh(), twice(lab, fp32=0.5, int8=0.25)
+    assert {p for _, c, p in scored(state, ctx) if c == STACK.name} == {"int8"}
+    asked: list[tuple[str, str, str]] = []
+    real = Score._score
+
+    def spy(self: Score, state: State, ctx: Context, data: Any, entries: Sequence[Any]) -> list[ScoreRow]:
+        asked.extend(e.at for e in entries)
+        return real(self, state, ctx, data, entries)
+
+    monkeypatch.setattr(Score, "_score", spy)
+    assert {p for _, c, p in scored(state, ctx) if c == STACK.name} == {"int8"}
+    assert not asked, "it is known"
+
+
+def test_what_is_exact_needs_no_score_in_floats(lab: Lab) -> None:
+    spec = CandidateSpec.make("exact", form="merged")
+    assert lab.matched.match is not None
+    row = scored(offering(lab.matched, ("r03", spec, {}), precisions=("fp32",)), lab.fresh())["r03", spec.name, "fp32"]
+    assert (row.score, row.mse, row.agreement, row.accuracy_drop) == (0.0, 0.0, 1.0, 0.0)
 
 
 def test_without_labels_the_score_is_the_distance_from_the_teacher(lab: Lab) -> None:

@@ -4,10 +4,10 @@
     python tools/fuzz/models.py --count 200 --seed 1          # what the tests run
 
 Small models of every operator family are mutated: bytes flipped, cut off and inserted; in the graph, tensors renamed
-(so that cycles, doubles and gaps appear), weights dropped, sizes blown up, attributes and operators swapped. Each is
-read as a file is, imported, emitted, and where ONNX Runtime runs it too, run, and compared. Anything but success or a
-`HantcError` is a finding: it is written to --keep with its traceback. The process gives itself a memory limit, and
-each file a minute.
+(so that cycles, doubles and gaps appear), weights dropped, sizes blown up, shapes made up, attributes and operators
+swapped. Each is read as a file is, imported, emitted, and where ONNX Runtime runs it too, run, and compared. Anything
+but success or a `HantcError` is a finding: it is written to --keep with its traceback. The process gives itself a
+memory limit, and each file a minute.
 """
 
 from __future__ import annotations
@@ -206,7 +206,22 @@ def _typed(rng: random.Random, m: ModelProto) -> None:
         m.opset_import[0].version = rng.choice([0, 1, 6, 7, 11, 13, 22, 99, -5])
 
 
-MUTATIONS: list[Callable[[random.Random, ModelProto], None]] = [_renamed, _dropped, _inflated, _swapped, _typed]
+def _claimed(rng: random.Random, m: ModelProto) -> None:
+    """A shape that may not be the tensor's."""
+    name = rng.choice([o for n in m.graph.node for o in n.output if o])
+    sizes: list[str | int | None] = ["N", 1, 2, 3, 4, 5, 6, 7, 12]
+    dims = [rng.choice(sizes) for _ in range(rng.randrange(0, 5))]
+    kind = rng.choice([TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64])
+    claim = helper.make_tensor_value_info(name, kind, dims)
+    if name == "y":
+        m.graph.output[0].CopyFrom(claim)
+    else:
+        m.graph.value_info.append(claim)
+
+
+MUTATIONS: list[Callable[[random.Random, ModelProto], None]] = [
+    _renamed, _dropped, _inflated, _swapped, _typed, _claimed,
+]  # fmt: skip
 
 
 def mutated(rng: random.Random, models: list[ModelProto]) -> bytes:
