@@ -56,6 +56,8 @@ class Cost:
             table = self._measure(state, ctx, meter, model)
             if all(r.predicted or r.samples > 0 for r in table.rows):  # what could not be timed is tried again
                 ctx.store.put_json("table", key, to_jsonable({"table": table, "notes": ctx.notes[before:]}))
+        if meter.restless:
+            ctx.reporter.warn(meter.restless)
         paces = [round(p, 3) for p in meter.pace]
         facts = {"measured": meter.measured, "teacher_ms": table.teacher_ms, "glue_ms": table.glue_ms}
         ctx.reporter.event("cost", rows=len(table.rows), **facts, scale=table.scale, pace=paces)

@@ -25,6 +25,8 @@ from hantc.dialect.qdq_graph import opset_of
 from hantc.passes import frames
 from hantc.passes.state import Context
 
+_RESTLESS = 1.2  # between the slow and the fast tenth of the groups that were timed
+_FEW_PACES = 10
 _COPIES = 4
 _GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
 _VERSION = 9  # of the measuring method: rows measured otherwise are not reused
@@ -149,6 +151,21 @@ class Meter:
             if stored is not None:
                 self._found[key] = stored
         return key in self._found
+
+    @property
+    def restless(self) -> str:
+        """What to say where the pace changed much while figures were taken, else ""."""
+        paces = sorted(self.pace)
+        if len(paces) < _FEW_PACES:
+            return ""
+        tenth = len(paces) // 10
+        low, high = paces[tenth], paces[-1 - tenth]
+        if high <= _RESTLESS * low:
+            return ""
+        return (
+            f"the machine was restless while candidates were timed: a reference network took {low:.2f} to {high:.2f} "
+            "times as long as at first; latencies are scaled by that, but less certain"
+        )
 
     def rows(self, work: Sequence[Work], progress: Callable[[float], None] = lambda share: None) -> list[CostRow]:
         """Figures for all of `work`: from the store, or timed in groups that share a frame. `progress` is told each

@@ -71,6 +71,15 @@ def test_figures_do_not_depend_on_the_pace(lab: Lab) -> None:
     assert swinging.pace == pytest.approx([2.0, 0.5, 3.0])
 
 
+@pytest.mark.parametrize(("slow", "told"), [(1.05, ""), (1.5, "0.90 to 1.50 times")])
+def test_a_restless_machine_is_told(lab: Lab, slow: float, told: str) -> None:
+    m = meter(lab, Moody([1.0, *[0.9, 1.0, slow] * 8]))
+    assert not m.restless, "nothing was timed yet"
+    for n in range(20):
+        m.rows([work(m, 3 + n)])
+    assert told in m.restless and bool(told) == bool(m.restless)
+
+
 def test_the_pace_of_the_network_is_kept_with_it(lab: Lab) -> None:
     backend = Moody([1.0, 1.5])
     ctx = lab.fresh(backend=backend)
