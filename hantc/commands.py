@@ -152,6 +152,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
     from hantc.dialect.input_shape import fix_inputs
     from hantc.dialect.pattern import installed
     from hantc.dialect.rewrites.normalize import normalize
+    from hantc.passes.load import survives
     from hantc.passes.match import match_regions
     from hantc.report.regions import regions_table
 
@@ -159,6 +160,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
         file = model_file(args.model, Path(place), quiet=args.json)
         model = load_onnx(file)
         only_tensors(model_info(model))
+        survives(model, file)
         model = fix_inputs(model, parse_shapes(args.input_shape or ()))
         network = import_model(dequantized(model).model, where=file)
     found = match_regions(normalize(network)[0], named=args.region, patterns=installed())

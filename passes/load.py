@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import ClassVar
 
+from onnx import ModelProto
+
 from hantc.core.errors import DataError, HantcError, ModelError
 from hantc.dialect.agreement import disagreement
 from hantc.dialect.emitter import opaque_leaves
@@ -19,6 +21,14 @@ _CHECK_IMAGES = 200
 _APART = 0.01  # of the largest output: kernels' roundings stay far below, but for answers that jump (NMS, ArgMax)
 
 
+def survives(model: ModelProto, where: str) -> None:
+    """`check_survives`, with the file's name in its error."""
+    try:
+        check_survives(model)
+    except ModelError as error:
+        raise ModelError(error.message, where=where, hint=error.hint) from error
+
+
 class Load:
     """ONNX model -> imported teacher, checked: it runs, and with labels it is better than chance."""
 
@@ -29,10 +39,7 @@ class Load:
     def call(self, state: State, ctx: Context) -> State:
         """Import the graph; ModelError or DataError where it cannot serve as a teacher."""
         where = str(ctx.config.model)
-        try:
-            check_survives(state.model)
-        except ModelError as error:
-            raise ModelError(error.message, where=where, hint=error.hint) from error
+        survives(state.model, where)
         ok, reason = ctx.backend.supports(state.model)
         if not ok:
             raise ModelError(f"{ctx.backend.name} cannot run it: {reason}", where=where)

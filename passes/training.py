@@ -151,9 +151,11 @@ def train(
     rungs = [r for r in RUNGS if r.at > box.begun]
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
         bar.advance(box.begun)
-        done = box.begun
+        done, teacher_s, started = box.begun, 0.0, time.monotonic()
         for x, _ in training_batches(data, size, augment, ctx.config.seed):
+            entered = time.monotonic()
             values, hurried = activations(tapped, taps, x), box.hurried
+            teacher_s += time.monotonic() - entered
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
             for j in jobs:
@@ -169,6 +171,8 @@ def train(
                 break
             if checkpoint.due():
                 save(jobs, checkpoint, box.progress)
+    seconds_spent = round(time.monotonic() - started, 3)
+    ctx.reporter.event("steps", steps=box.step, seconds=seconds_spent, teacher_seconds=round(teacher_s, 3))
     if box.step < min(steps, _FEW_STEPS) and not box.begun:
         ctx.reporter.warn(f"candidates trained for {box.step} steps only: a longer --time-limit makes them better")
     for j in jobs:

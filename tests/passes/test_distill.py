@@ -21,7 +21,7 @@ from hantc.passes.engine import relative_mse
 from hantc.passes.plug import origin_of, trained
 from hantc.passes.state import Clock, Context, Proposal, State
 from hantc.passes.training import Job, train
-from tests.passes.conftest import warnings
+from tests.passes.conftest import Recorder, warnings
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -105,6 +105,9 @@ def test_trained_weights_are_stored_and_reused(lab: Lab, monkeypatch: pytest.Mon
     ctx = lab.fresh(effort={"distill_epochs": 1})
     state = offering(lab.matched, *OFFERS)
     _, first = done(state, ctx)
+    assert isinstance(ctx.reporter, Recorder)
+    spent = ctx.reporter.last("steps")
+    assert spent["steps"] > 0 and 0 < spent["teacher_seconds"] < spent["seconds"]
     for p in (p for p in state.proposals or () if p.spec != IDENTITY):
         stored = ctx.store.get_tensors("weights", weights_key(state, ctx, p))
         assert stored is not None

@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from onnx import NodeProto
 from torch import Tensor, fx, nn
 
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Binary
 from hantc.dialect.graph import leaf_of
+from hantc.dialect.leaf import array
 from hantc.dialect.linear import Linear
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.rewrites.base import Lazy, Log, Outcome, bypass, calls, constant_operand, shared, source, swap
+from hantc.dialect.verbatim import Verbatim
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,44 @@ def _fold(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, affine: 
     return True
 
 
+def _transposed(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, affine: Affine) -> bool:
+    """Fold `node` into the transposed convolution `origin`; False where that is none, or with a reason."""
+    leaf = leaf_of(gm, origin)
+    if (
+        not isinstance(leaf, Verbatim)
+        or leaf.proto.op_type != "ConvTranspose"
+        or leaf.proto.domain not in ("", "ai.onnx")
+    ):
+        return False
+    held, names = leaf.held(), list(leaf.proto.input)
+    bias = names[2] if len(names) > 2 else ""
+    reason = "" if affine.finite else "its constants are not finite"
+    reason = reason or _why_not_after(gm, origin)
+    if names[1] not in held or (bias and bias not in held):
+        reason = f"the weights of {origin.name} are computed"
+    if reason:
+        log.miss(reason, node)
+        return False
+    weight = torch.as_tensor(held[names[1]])  # (C, C' / groups, …)
+    groups = int(leaf.view.attrs.get("group", 1))
+    zero = weight.new_zeros(weight.shape[1] * groups, dtype=torch.float64)
+    scale, shift = affine.scale + zero, affine.shift + zero
+    by_group = weight.double().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    scaled = (by_group * scale.reshape(groups, 1, -1, 1)).reshape(weight.shape)
+    old = torch.as_tensor(held[bias]).double() if bias else zero
+    proto = NodeProto()
+    proto.CopyFrom(leaf.proto)
+    proto.input[:] = [*names[:2], bias or f"{names[1]}_bias"]
+    constants = {
+        names[1]: array(scaled.to(weight.dtype)),
+        proto.input[2]: array((old * scale + shift).to(weight.dtype)),
+    }
+    swap(gm, origin, Verbatim(proto, leaf.names, constants, leaf.opsets, leaf.function))
+    log.did(f"folded into {origin.name}", origin, node)
+    bypass(node, origin)
+    return True
+
+
 def _touches_wide_linear(gm: fx.GraphModule, node: fx.Node, lazy: Lazy) -> bool:
     """Whether a `Linear` beside `node` works on another dim than 1, where a norm's channels are."""
     beside = [source(node), *node.users]
@@ -152,7 +193,7 @@ def _touches_wide_linear(gm: fx.GraphModule, node: fx.Node, lazy: Lazy) -> bool:
 
 
 class FoldNorm:
-    """BatchNorm → the convolution or matrix product before it, else the ones after it."""
+    """BatchNorm → the convolution (transposed ones too) or matrix product before it, else the ones after it."""
 
     name = "fold_norm"
 
@@ -166,7 +207,9 @@ class FoldNorm:
             variance = norm.running_var.double() + norm.eps
             scale = norm.weight.detach().double() / torch.sqrt(variance)
             shift = norm.bias.detach().double() - norm.running_mean.double() * scale
-            _fold(gm, log, node, source(node), Affine(scale, shift), forward=True)
+            affine = Affine(scale, shift)
+            if not _transposed(gm, log, node, source(node), affine):
+                _fold(gm, log, node, source(node), affine, forward=True)
         return log.finish(gm)
 
 
@@ -201,13 +244,24 @@ def _why_not_channels(leaf: Product, value: Tensor, lazy: Lazy, node: fx.Node) -
     return ""
 
 
+def _convolved(gm: fx.GraphModule, node: fx.Node, value: Tensor, lazy: Lazy) -> bool:
+    """Whether all that reads `node` are convolutions of as many channels as the constant varies along."""
+    leaves = [leaf_of(gm, user) for user in node.users]
+    shape = lazy.shape(node)
+    if not leaves or shape is None or not all(isinstance(leaf, Conv) for leaf in leaves):
+        return False
+    full = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    return len(full) == len(shape) and all(d == 1 for i, d in enumerate(full) if i != 1) and full[1] in (1, shape[1])
+
+
 class FoldAffine:
-    """Mul, Add, Sub or Div by a constant per channel → the convolution or matrix product before it."""
+    """Mul, Add, Sub or Div by a constant per channel → the convolution or matrix product before it, else the
+    convolutions after it (as where a file begins with its own preprocessing)."""
 
     name = "fold_affine"
 
     def apply(self, gm: fx.GraphModule) -> Outcome:
-        """Fold every such node that directly follows a convolution or matrix product."""
+        """Fold every such node that stands beside a convolution or matrix product."""
         log, lazy = Log(self.name), Lazy(gm)
         for node, binary in calls(gm, Binary):
             operand = constant_operand(gm, node)
@@ -215,15 +269,16 @@ class FoldAffine:
                 continue
             origin, value, is_right = operand
             leaf = leaf_of(gm, origin)
-            if not isinstance(leaf, Conv | Linear) or not value.is_floating_point():
+            product = leaf if isinstance(leaf, Conv | Linear) else None
+            if not value.is_floating_point() or not (product or _convolved(gm, node, value, lazy)):
                 continue
             affine = _affine(binary.op, value, is_right)
             if affine is None:
                 log.miss(f"{binary.op} with this constant is no scaling or shift", node)
                 continue
-            reason = _why_not_channels(leaf, value, lazy, origin)
+            reason = _why_not_channels(product, value, lazy, origin) if product else ""
             if reason:
                 log.miss(reason, node)
                 continue
-            _fold(gm, log, node, origin, affine, forward=False)
+            _fold(gm, log, node, origin, affine, forward=product is None)
         return log.finish(gm)

@@ -43,6 +43,22 @@ def test_norm_after_conv(rewriting: Rewriting, bias: bool, groups: int) -> None:
     assert r.applied[0].nodes == ("conv_0", "batchnormalization_0")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_norm_after_transposed_conv(rewriting: Rewriting, bias: bool, groups: int) -> None:
+    """As in decoders; engines leave the norm there."""
+    inputs = ["x", "w", *(["k"] if bias else [])]
+    nodes = [node("ConvTranspose", inputs, ["a"], group=groups, strides=[2, 2]), norm("a", "y")]
+    r = rewriting.run(FoldNorm(), nodes, {"w": w(4, 6 // groups, 3, 3), "k": w(6)} | norm_constants(6))
+    assert r.after == ["ConvTranspose"] and r.missed == []
+
+
+def test_norm_after_transposed_conv_that_others_read(rewriting: Rewriting) -> None:
+    nodes = [node("ConvTranspose", ["x", "w"], ["a"]), norm("a", "y"), node("Relu", ["a"], ["z"])]
+    r = rewriting.run(FoldNorm(), nodes, {"w": w(4, 4, 3, 3)} | norm_constants(), outputs=("y", "z"))
+    assert r.after == r.before and "is used elsewhere too" in r.reasons[0]
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_norm_after_gemm(rewriting: Rewriting, transposed: int) -> None:
     nodes = [node("Gemm", ["x", "w", "k"], ["a"], transB=transposed), norm("a", "y")]
@@ -204,3 +220,29 @@ def test_constant_after_conv_used_elsewhere(rewriting: Rewriting) -> None:
 def test_constant_after_something_else_is_no_near_match(rewriting: Rewriting) -> None:
     r = rewriting.run(FoldAffine(), [node("Relu", ["x"], ["a"]), node("Mul", ["a", "c"], ["y"])], {"c": w(4, 1, 1)})
     assert r.applied == [] and r.missed == []
+
+
+@pytest.mark.parametrize(
+    ("op", "pads", "folds"), [("Mul", 1, True), ("Div", 1, True), ("Sub", 0, True), ("Sub", 1, False)]
+)
+def test_constant_before_convs(rewriting: Rewriting, op: str, pads: int, folds: bool) -> None:
+    """As where a file begins with its own preprocessing; a shift does not reach the zeros of padding."""
+    nodes = [
+        node(op, ["x", "c"], ["a"]),
+        node("Conv", ["a", "w"], ["p"], pads=[pads] * 4),
+        node("Conv", ["a", "w2"], ["q"], pads=[pads] * 4),
+        node("Add", ["p", "q"], ["y"]),
+    ]
+    constants = {"c": np.abs(w(1, 4, 1, 1)) + 0.5, "w": w(5, 4, 3, 3), "w2": w(5, 4, 3, 3)}
+    r = rewriting.run(FoldAffine(), nodes, constants)
+    assert r.after == ([] if folds else [op]) + ["Conv", "Conv", "Add"]
+    assert folds or "pads with zeros" in r.reasons[0]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 4, 8, 1), (4, 4, 1, 1)])
+def test_constant_before_conv_along_more_than_channels(rewriting: Rewriting, shape: tuple[int, ...]) -> None:
+    nodes = [node("Mul", ["x", "c"], ["a"]), node("Conv", ["a", "w"], ["y"])]
+    batch: tuple[int | str, ...] = (4 if shape[0] == 4 else "N", 4, 8, 8)
+    graph = rewriting.graph(nodes, {"c": w(*shape), "w": w(5, 4, 3, 3)}, x=batch)
+    done, _ = FoldAffine().apply(graph)
+    assert not done
