@@ -40,11 +40,14 @@ from hantc.passes.state import Context
 
 # steps from one of a derived candidate's to its next, where time is short: it starts near its end, others far from it
 _DERIVED_EVERY = 3
-RATE = 3e-3  # Adam, cosine; losses are relative to the region's variance, so one rate serves all
+# Adam, cosine; losses are relative to the region's variance, so one rate serves all candidates from scratch: of 100 of
+# them, of EfficientNet-B0 and ResNet-56, 88 ended nearer to the teacher than at 3e-3, in the median by 15 and 22 %
+RATE = 1e-2
+_DERIVED_RATE = 3e-3  # of what starts from the teacher's weights, times its family's own share
 RECIPE = {
-    "version": 12,
+    "version": 13,
     "optimizer": "adam",
-    "rate": RATE,
+    "rate": [RATE, _DERIVED_RATE],
     "loss": "relative_mse",
     "rungs": [asdict(r) for r in RUNGS],
     "derived_every": _DERIVED_EVERY,
@@ -78,7 +81,7 @@ class Job:
     @property
     def rate(self) -> float:
         """Base learning rate."""
-        return RATE * (DERIVED[self.spec.family].start if self.spec.family in DERIVED else 1.0)
+        return _DERIVED_RATE * DERIVED[self.spec.family].start if self.spec.family in DERIVED else RATE
 
     def due(self, step: int, *, hurried: bool) -> bool:
         """Whether it learns from the batch of this step. `hurried`: what it takes, the others miss."""
