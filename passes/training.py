@@ -41,7 +41,8 @@ from hantc.passes.state import Context
 # steps from one of a derived candidate's to its next, where time is short: it starts near its end, others far from it
 _DERIVED_EVERY = 3
 # Adam, cosine; losses are relative to the region's variance, so one rate serves all candidates from scratch: of 100 of
-# them, of EfficientNet-B0 and ResNet-56, 88 ended nearer to the teacher than at 3e-3, in the median by 15 and 22 %
+# them 88 ended nearer to the teacher than at 3e-3 (EfficientNet-B0: median error 0.168 for 0.197; ResNet-56: 0.043 for
+# 0.055), and the best of four rates for each was better by 0 % in the median, 4 % in the 90th percentile
 RATE = 1e-2
 _DERIVED_RATE = 3e-3  # of what starts from the teacher's weights, times its family's own share
 RECIPE = {
