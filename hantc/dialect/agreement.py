@@ -13,10 +13,17 @@ from torch import Tensor, fx
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.leaf import Array, array
 
+_RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+
 
 def disagreement(model: ModelProto, network: fx.GraphModule) -> float:
     """The largest difference of a float output on random input, over its largest value; infinite for another shape;
-    nan where it cannot be told (ONNX Runtime or torch does not run it on random input, no output is of floats)."""
+    nan where it cannot be told (ONNX Runtime or torch does not run it on random input, no output is of floats, some
+    operator draws numbers)."""
+    if any(n.op_type in _RANDOM for n in model.graph.node):
+        return math.nan
     info = network.meta["info"]
     options = ort.SessionOptions()
     options.log_severity_level = 4

@@ -38,3 +38,7 @@ def test_what_cannot_be_told(models: Models) -> None:
     assert math.isnan(disagreement(foreign, import_model(foreign)))
     largest = models.make([node("ArgMax", ["x"], ["y"], axis=1)], {"x": ["N", 3]}, ["y"], out_dtype=TensorProto.INT64)
     assert math.isnan(disagreement(largest, import_model(largest)))
+    noisy = models.make(
+        [node("RandomNormalLike", ["x"], ["n"]), node("Add", ["x", "n"], ["y"])], {"x": ["N", 3]}, ["y"]
+    )
+    assert math.isnan(disagreement(noisy, import_model(noisy)))
