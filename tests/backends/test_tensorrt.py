@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -120,11 +121,20 @@ def _predicted(backend: TensorRTBackend, model: onnx.ModelProto) -> Any:
 def test_compiling_for_a_gpu_leaves_an_engine(
     tiny: Tiny, cli: Callable[..., Result], run_model: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """By a table that was written before, as where one comes from elsewhere."""
+    table = tmp_path / "table.json"
+    made = cli(
+        "profile", tiny.model, "--target", "l4", "--effort", "quick", "--lut", table, "--store", tmp_path / "other"
+    )
+    assert made.code == 0, made.err
     given = ("--target", "l4", "--data", tiny.data, "--budget", "0.9", "--effort", "quick", "--time-limit", "8s")
+    given += ("--lut", str(table))
     result = cli(tiny.model, *given, "--out", tmp_path / "run", "--store", tmp_path / "store", "--json")
     assert result.code in (0, 1), result.err
     summary = result.json()
     assert summary["status"] in ("done", "budget_missed") and summary["predicted"] and summary["batch"] == 128
+    used = json.loads((tmp_path / "run" / "lut.json").read_text())
+    assert used["rows"] == json.loads(table.read_text())["rows"]
     assert {c["precision"] for c in summary["choices"]} == {"fp16"}
     facts = summary["engine"]
     assert facts["file"] == "model.engine" and facts["compute_capability"] == "SM89" and facts["float32_layers"] == []
