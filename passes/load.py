@@ -29,6 +29,12 @@ def survives(model: ModelProto, where: str) -> None:
         raise ModelError(error.message, where=where, hint=error.hint) from error
 
 
+def _how(apart: float) -> str:
+    if math.isinf(apart):
+        return "it gives another shape, other values that are not finite, or nothing"
+    return f"outputs differ by {100 * apart:.2g} % of the largest"
+
+
 class Load:
     """ONNX model -> imported teacher, checked: it runs, and with labels it is better than chance."""
 
@@ -50,8 +56,8 @@ class Load:
         apart = disagreement(state.model, teacher)
         if apart > _APART:
             ctx.reporter.warn(
-                f"hantc reads the model otherwise than ONNX Runtime: outputs on random input differ by "
-                f"{100 * apart:.2g} % of the largest; see how far the student is from the file in the report"
+                f"hantc reads the model otherwise than ONNX Runtime: on random input {_how(apart)}; see how far the "
+                "student is from the file in the report"
             )
         if ctx.data is not None:
             if len(info.inputs) != 1:

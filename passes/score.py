@@ -37,9 +37,8 @@ from hantc.passes.state import Context, Proposal, State, WeightMap
 _MAX_DROP = 25.0  # points: a candidate that alone costs more is hopeless (the paper's 5 % rule is applied to
 # candidates as trained for an epoch and never repaired; ours are trained on together afterwards)
 _VERSION = 7
-_FASTER = (
-    0.9  # of what the teacher takes: the dearer precision of a candidate is looked at where it is faster than that
-)
+# of what the teacher takes: the dearer precision of a candidate is looked at where it is faster than that
+_FASTER = 0.9
 _BETTER = 0.8  # of the score in the cheaper precision: what is not nearer to the teacher by so much adds nothing
 _LOOK = 2  # batches, one of them blended, after which that is judged
 
@@ -133,6 +132,7 @@ class Score:
         # a span's teacher in INT8 is that of each of its parts: it would only be scored twice
         atoms = [r for r in state.match.regions if len(r.atoms) == 1]
         wanted = [(r, "teacher", "int8", "") for r in atoms if "int8" in times.get((r.name, "teacher"), {})]
+        exact = {p.spec.name for p in state.proposals or () if is_exact(p.spec)}
         for name, candidate in state.weights:
             ways = times.get((name, candidate), {})
             order = sorted(ways, key=lambda p: ways[p])
@@ -141,7 +141,7 @@ class Score:
             wanted += [
                 (state.match.region(name), candidate, p, c)
                 for p, c in zip(order, cheaper, strict=True)
-                if not c or ways[p] < limit
+                if not c or ways[p] < limit or (p == ctx.base and candidate in exact)
             ]
         return wanted
 

@@ -20,9 +20,10 @@ _RANDOM = frozenset(
 
 def disagreement(model: ModelProto, network: fx.GraphModule) -> float:
     """The largest difference of a float output on random input, over its largest value; infinite for another shape;
-    nan where it cannot be told (ONNX Runtime or torch does not run it on random input, no output is of floats, some
-    operator draws numbers)."""
-    if any(n.op_type in _RANDOM for n in model.graph.node):
+    or where torch does not run it; nan where it cannot be told (ONNX Runtime does not run it on random input, no output
+    is of floats, some operator draws numbers)."""
+    nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
+    if any(n.op_type in _RANDOM or (n.op_type == "Dropout" and len(n.input) > 2) for n in nodes):
         return math.nan
     info = network.meta["info"]
     options = ort.SessionOptions()
@@ -32,10 +33,13 @@ def disagreement(model: ModelProto, network: fx.GraphModule) -> float:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         feeds = {spec.name: array(x) for spec, x in zip(info.inputs, inputs, strict=True)}
         wanted = session.run(None, feeds)
+    except Exception:  # it raises many types
+        return math.nan
+    try:
         with torch.no_grad():
             result = network(*inputs)
-    except Exception:  # both raise many types
-        return math.nan
+    except Exception:  # so does torch
+        return math.inf
     found = [array(r) if isinstance(r, Tensor) else r for r in (result if isinstance(result, tuple) else (result,))]
     pairs = zip(wanted, found, strict=True)
     shares = [_share(w, f) for w, f in pairs if isinstance(w, np.ndarray) and w.dtype.kind == "f"]
@@ -46,7 +50,9 @@ def _share(wanted: Array, found: object) -> float:
     if not isinstance(found, np.ndarray) or wanted.shape != found.shape:
         return math.inf
     one, two = wanted.astype(np.float64), found.astype(np.float64)
-    both = np.isfinite(one) & np.isfinite(two)
+    both = np.isfinite(one)
+    if not np.array_equal(both, np.isfinite(two)):
+        return math.inf
     if not both.any():
         return 0.0
     return float(np.abs(one - two)[both].max() / max(np.abs(one[both]).max(), 1e-6))

@@ -19,7 +19,7 @@ import onnx.inliner
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from hantc.core.errors import ModelError
-from hantc.dialect.infer import infer, light
+from hantc.dialect.infer import infer, light, without_claims
 from hantc.dialect.opaque import captured, subgraphs
 
 LARGEST = 1 << 30  # elements of a tensor: 4 GiB in float32
@@ -169,8 +169,8 @@ def _check_turns(graph: GraphProto, known: Mapping[str, TensorProto], turns: int
     known = {**known, **_constants(graph)}
     for node in graph.node:
         times = turns
-        if node.op_type == "Loop" and node.input and node.input[0] in known and _never_ends(node):
-            times *= _integer(known[node.input[0]])
+        if node.op_type == "Loop" and _never_ends(node):
+            times *= _turns(node, known)
         if times > _MOST_TURNS:
             raise ModelError("a Loop turns over a million times", where=node.name, hint="is this a model?")
         for inner in subgraphs(node):
@@ -181,11 +181,24 @@ def _constants(graph: GraphProto) -> dict[str, TensorProto]:
     """Initialisers, and what Constant nodes hold."""
     found = {i.name: i for i in graph.initializer}
     for node in graph.node:
+        if (
+            node.op_type in ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze")
+            and node.input
+            and node.input[0] in found
+        ):
+            found[node.output[0]] = found[node.input[0]]
         for a in node.attribute:
             if node.op_type == "Constant" and node.output and a.name in ("value", "value_int", "value_ints"):
                 ints = [a.i] if a.name == "value_int" else list(a.ints)
                 found[node.output[0]] = a.t if a.name == "value" else numpy_helper.from_array(np.array(ints, np.int64))
     return found
+
+
+def _turns(loop: NodeProto, known: Mapping[str, TensorProto]) -> int:
+    """How often a Loop turns that no condition ends; 1 where that is computed."""
+    if not loop.input or not loop.input[0]:
+        return _MOST_TURNS + 1
+    return _integer(known[loop.input[0]]) if loop.input[0] in known else 1
 
 
 def _integer(tensor: TensorProto) -> int:
@@ -214,7 +227,7 @@ def _check_held(model: ModelProto) -> None:
     for tensor in _tensors(model.graph.initializer, [*model.graph.node, *(n for f in model.functions for n in f.node)]):
         if tensor.data_location == TensorProto.EXTERNAL:
             raise ModelError(
-                f"tensor {tensor.name!r} has its values in another file, and lies in a function",
+                f"tensor {tensor.name!r} has its values in another file, and lies where those are not read",
                 hint="save the model with its weights inside",
             )
 
@@ -252,6 +265,6 @@ def _check_sizes(model: ModelProto) -> None:
 
 
 def _typed(model: ModelProto) -> list[onnx.ValueInfoProto]:
-    """Every tensor whose shape the file declares or inference finds."""
+    """Every tensor whose shape the file declares or inference finds, with what it declares and without."""
     declared = [*model.graph.input, *model.graph.output, *model.graph.value_info]
-    return [*declared, *infer(light(model))]
+    return [*declared, *infer(light(model)), *without_claims(light(model)).graph.value_info]

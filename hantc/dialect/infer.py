@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import onnx
 import onnx.shape_inference
-from onnx import ModelProto, TensorShapeProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, TensorShapeProto, ValueInfoProto
+
+from hantc.dialect.opaque import subgraphs
 
 _SMALL = 64  # elements of a weight that may say what shape something has
 
@@ -53,18 +55,20 @@ def without_claims(model: ModelProto) -> ModelProto:
     ONNX Runtime. Its declarations count where inference has nothing to say: behind custom operators, and for sizes
     that are computed."""
     bare = light(model)
-    del bare.graph.value_info[:]
-    for out in bare.graph.output:
-        if out.type.WhichOneof("value") == "tensor_type":
-            out.type.tensor_type.ClearField("shape")
+    _forget(bare.graph)
     found = {v.name: v for v in infer(bare) if _shape(v) is not None}
     declared = [v for v in (*model.graph.value_info, *model.graph.output) if v.type.WhichOneof("value")]
-    merged = found | {v.name: _merged(found.get(v.name), v) for v in declared}
+    firsts = [s.dim[0] for i in model.graph.input if (s := _shape(i)) is not None and s.dim]
+    batches = any(not d.HasField("dim_value") for d in firsts)
+    merged = found | {v.name: _merged(found.get(v.name), v, batches=batches) for v in declared}
     if merged != found:  # what follows from those declarations
         _declare(bare, merged)
-        merged = {v.name: _merged(found.get(v.name), v) for v in infer(bare)} or merged
+        merged = {v.name: _merged(found.get(v.name), v, batches=batches) for v in infer(bare)} or merged
     made = ModelProto()
     made.CopyFrom(model)
+    for node in made.graph.node:
+        for inner in subgraphs(node):
+            _forget(inner)
     del made.graph.value_info[:]
     kept = {o.name: o for o in model.graph.output if o.name not in found or not _excludes(found[o.name], o)}
     _declare(made, merged | kept)
@@ -96,16 +100,29 @@ def _excludes(found: ValueInfoProto, declared: ValueInfoProto) -> bool:
     return len(one.dim) != len(two.dim) or any(a != b for a, b in fixed)
 
 
-def _merged(found: ValueInfoProto | None, declared: ValueInfoProto) -> ValueInfoProto:
-    """What was found, with sizes that are declared alone."""
+def _forget(graph: GraphProto) -> None:
+    """Take the declared shapes of inner tensors and outputs away, in subgraphs too."""
+    del graph.value_info[:]
+    for out in graph.output:
+        if out.type.WhichOneof("value") == "tensor_type":
+            out.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _forget(inner)
+
+
+def _merged(found: ValueInfoProto | None, declared: ValueInfoProto, *, batches: bool) -> ValueInfoProto:
+    """What was found, with sizes that are declared alone; but for the first, where the batch is open (`batches`): files
+    that were exported at one batch and opened later still declare that one inside."""
     if found is None:
         return declared
     made = ValueInfoProto()
     made.CopyFrom(found)
     one, two = _shape(made), _shape(declared)
     if one is not None and two is not None and len(one.dim) == len(two.dim):
-        for dim, claim in zip(one.dim, two.dim, strict=True):
+        for k, (dim, claim) in enumerate(zip(one.dim, two.dim, strict=True)):
             named = dim.HasField("dim_param") and not dim.dim_param.startswith("unk__")  # inference's own names
-            if not dim.HasField("dim_value") and not (named and not claim.HasField("dim_value")):
+            stale = k == 0 and batches and claim.HasField("dim_value")
+            if not dim.HasField("dim_value") and not named and not stale:
                 dim.CopyFrom(claim)
     return made

@@ -123,7 +123,8 @@ def _pixels(block: fx.GraphModule) -> int:
     for node, linear in calls(block, Linear):
         out, channels = linear.weight.shape
         x, shape = source(node), (channels, 1, 1)
-        if x not in flat and not (isinstance(leaf_of(block, x), Flatten | Reshape) and _map(source(x), shapes, shape)):
+        flattens = isinstance(leaf_of(block, x), Flatten | Reshape) and len(shapes.get(x.name, ())) == 2
+        if x not in flat and not (flattens and _map(source(x), shapes, shape)):
             continue
         if shared(block, node):
             continue

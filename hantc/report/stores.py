@@ -18,7 +18,7 @@ KINDS = {
     "network": "latencies of whole networks",
     "border": "costs of quantising at borders",
     "weights": "trained candidates",
-    "verdict": "candidates found pointless or broken in training",
+    "verdict": "candidates, or one of their precisions, found pointless, or broken in training",
     "score": "scores of candidates",
     "plan": "selections",
     "redistilled": "students with fitted regions",

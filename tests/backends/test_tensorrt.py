@@ -128,8 +128,7 @@ def test_compiling_for_a_gpu_leaves_an_engine(
     )
     assert made.code == 0, made.err
     given = ("--target", "l4", "--data", tiny.data, "--budget", "0.9", "--effort", "quick", "--time-limit", "8s")
-    given += ("--lut", str(table))
-    result = cli(tiny.model, *given, "--out", tmp_path / "run", "--store", tmp_path / "store", "--json")
+    result = cli(tiny.model, *given, "--lut", table, "--out", tmp_path / "run", "--store", tmp_path / "store", "--json")
     assert result.code in (0, 1), result.err
     summary = result.json()
     assert summary["status"] in ("done", "budget_missed") and summary["predicted"] and summary["batch"] == 128

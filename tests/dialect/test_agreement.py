@@ -42,3 +42,13 @@ def test_what_cannot_be_told(models: Models) -> None:
         [node("RandomNormalLike", ["x"], ["n"]), node("Add", ["x", "n"], ["y"])], {"x": ["N", 3]}, ["y"]
     )
     assert math.isnan(disagreement(noisy, import_model(noisy)))
+
+
+def test_what_torch_does_not_run_is_told(models: Models) -> None:
+    model = models.make([node("Sqrt", ["x"], ["y"])], {"x": ["N", 3]}, ["y"])
+    other = models.make([node("Abs", ["x"], ["y"])], {"x": ["N", 3]}, ["y"])
+    assert disagreement(model, import_model(other)) == math.inf, "numbers where there are none"
+    wide = models.make([node("MatMul", ["x", "w"], ["y"])], {"x": ["N", 5]}, ["y"], {"w": models.weight(5, 2)})
+    narrow = import_model(wide)
+    narrow.meta["info"] = import_model(model).meta["info"]
+    assert disagreement(model, narrow) == math.inf

@@ -84,6 +84,16 @@ def test_few_bytes_that_grow(models: Models, load: Loader, op: str) -> None:
         load(small(models, *nodes, constants={"k": huge, "one": np.ones((1, 1), np.float32)}))
 
 
+def test_few_bytes_that_grow_behind_a_claim(models: Models, load: Loader) -> None:
+    nodes = (node("ConstantOfShape", ["k"], ["big"]), node("ReduceSum", ["big"], ["s"], keepdims=0))
+    model = small(
+        models, *nodes, node("Add", ["x", "s"], ["y"]), constants={"k": np.array([1 << 20, 1 << 20], np.int64)}
+    )
+    model.graph.value_info.append(helper.make_tensor_value_info("big", TensorProto.FLOAT, [1]))
+    with pytest.raises(ModelError, match=r"'big' would have 1\.1e"):
+        load(model)
+
+
 def _calls(name: str, callee: str, times: int) -> onnx.FunctionProto:
     nodes = [node(callee, ["x" if k == 0 else f"v{k}"], [f"v{k + 1}"], domain="bomb") for k in range(times - 1)]
     nodes.append(node(callee, [f"v{times - 1}"], ["y"], domain="bomb"))
@@ -150,6 +160,20 @@ def test_loop_without_end_by_a_constant_node(models: Models, load: Loader) -> No
     turns = node("Constant", [], ["m"], value_int=(1 << 63) - 1)
     with pytest.raises(ModelError, match="turns over a million times"):
         load(small(models, turns, _loop(node("Identity", ["c"], ["c2"])), constants={"t": np.array(True)}))
+
+
+def test_loop_without_end_behind_an_identity(models: Models, load: Loader) -> None:
+    turns = node("Identity", ["k"], ["m"])
+    constants = {"t": np.array(True), "k": np.array(1 << 40)}
+    with pytest.raises(ModelError, match="turns over a million times"):
+        load(small(models, turns, _loop(node("Identity", ["c"], ["c2"])), constants=constants))
+
+
+def test_loop_without_any_end(models: Models, load: Loader) -> None:
+    loop = _loop(node("Identity", ["c"], ["c2"]))
+    loop.input[0] = ""
+    with pytest.raises(ModelError, match="turns over a million times"):
+        load(small(models, loop, constants={"t": np.array(True)}))
 
 
 def test_loops_within_a_loop(models: Models, load: Loader) -> None:

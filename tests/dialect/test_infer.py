@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
@@ -76,3 +77,32 @@ def test_resize_by_weights_of_any_size(models: Models, elements: int) -> None:
     constants = {"scales": np.array([1, 1, 2, 2], np.float32), "w": np.ones((1, 1, 1, elements), np.float32)}
     made = without_claims(models.make(nodes, {"x": ["N", 1, 2, elements // 2]}, ["y"], constants))
     assert declared(made, "a")[1:] == [1, 4, elements]
+
+
+def test_a_batch_that_was_opened_later(models: Models) -> None:
+    """Exported at batch 1, its input opened by hand: inside it still says 1."""
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Shape", ["a"], ["s"]),
+        node("ConstantOfShape", ["s"], ["z"]),
+        node("Concat", ["a", "z"], ["y"], axis=1),
+    ]
+    model = models.make(nodes, {"x": ["N", 3, 8, 8]}, ["y"], {"w": models.weight(4, 3, 1, 1)})
+    models.trip(claim(model, a=[1, 4, 8, 8]), batch=3)
+
+
+def test_claims_within_branches(models: Models) -> None:
+    """Both branches say 8×8, and give 5×5, which is padded otherwise."""
+
+    def branch(name: str, op: str) -> onnx.GraphProto:
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4, 8, 8])
+        return helper.make_graph([node(op, ["x"], [name])], name, [], [out])
+
+    fork = node("If", ["c"], ["a"], then_branch=branch("t", "Exp"), else_branch=branch("e", "Neg"))
+    nodes = [
+        node("ReduceMax", ["x"], ["m"], keepdims=0),
+        node("Greater", ["m", "zero"], ["c"]),
+        fork,
+        node("MaxPool", ["a"], ["y"], kernel_shape=[2, 2], strides=[2, 2], auto_pad="SAME_LOWER"),
+    ]
+    models.trip(models.make(nodes, {"x": ["N", 4, 5, 5]}, ["y"], {"zero": np.array(0, np.float32)}))

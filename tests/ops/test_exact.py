@@ -15,7 +15,7 @@ from hantc.dialect.elementwise import Mul
 from hantc.dialect.graph import trace
 from hantc.dialect.linear import Linear
 from hantc.dialect.pool import GlobalPool
-from hantc.dialect.shape import Flatten, Reshape
+from hantc.dialect.shape import Flatten, Reshape, Transpose
 from hantc.ops.derived import Origin
 from hantc.ops.registry import DERIVED, build
 
@@ -83,6 +83,24 @@ def test_and_convolutions_again(act: str) -> None:
     found = kinds(made)
     assert found.count("Conv") == 3
     assert not {"Linear", "Flatten", "Reshape"} & set(found)
+
+
+class Last(nn.Module):
+    """A gate with the channels last, as Keras writes it: products of four dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.mul, self.gate = Conv(4, 8, 3), GlobalPool(), Mul(), activation("sigmoid")
+        self.flat, self.dense, self.back = Reshape((1, 1, 8), keep_batch=True), Linear(8, 8), Transpose((0, 3, 1, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        gated: torch.Tensor = self.mul(y, self.back(self.gate(self.dense(self.flat(self.pool(y))))))
+        return gated
+
+
+def test_products_of_channels_that_are_last_stay() -> None:
+    assert "no matrix product of single pixels" in reason(traced(Last(), (4, 6, 6)), "pixels")
 
 
 def test_a_convolution_of_one_pixel_alone() -> None:

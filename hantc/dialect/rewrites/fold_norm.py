@@ -122,8 +122,11 @@ def _fold(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, affine: 
     reason = ""
     if isinstance(leaf, Conv | Linear):
         reason = _why_not_after(gm, origin)
+        made = after(leaf, affine)
+        if not all(torch.isfinite(p).all() for p in made.parameters()):
+            reason = "the weights would be too large for their type"
         if not reason:
-            swap(gm, origin, after(leaf, affine))
+            swap(gm, origin, made)
             log.did(f"folded into {origin.name}", origin, node)
             bypass(node, origin)
             return True
@@ -136,9 +139,12 @@ def _fold(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, affine: 
     if ahead or not users:
         log.miss(reason or ahead, node)
         return False
-    for user, product in zip(users, leaves, strict=True):
-        assert isinstance(product, Conv | Linear)
-        swap(gm, user, before(product, affine))
+    folded = [before(product, affine) for product in leaves if isinstance(product, Conv | Linear)]
+    if not all(torch.isfinite(p).all() for leaf in folded for p in leaf.parameters()):
+        log.miss("the weights would be too large for their type", node)
+        return False
+    for user, product in zip(users, folded, strict=True):
+        swap(gm, user, product)
     log.did(f"folded into {', '.join(u.name for u in users)}", node, *users)
     bypass(node, origin)
     return True
@@ -171,7 +177,10 @@ def _transposed(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, af
     old = torch.as_tensor(held[bias]).double() if bias else zero
     proto = NodeProto()
     proto.CopyFrom(leaf.proto)
-    proto.input[:] = [*names[:2], bias or f"{names[1]}_bias"]
+    fresh = f"{names[1]}_bias"
+    while fresh in names:
+        fresh += "_"
+    proto.input[:] = [*names[:2], bias or fresh]
     constants = {
         names[1]: array(scaled.to(weight.dtype)),
         proto.input[2]: array((old * scale + shift).to(weight.dtype)),
@@ -244,11 +253,13 @@ def _why_not_channels(leaf: Product, value: Tensor, lazy: Lazy, node: fx.Node) -
     return ""
 
 
-def _convolved(gm: fx.GraphModule, node: fx.Node, value: Tensor, lazy: Lazy) -> bool:
-    """Whether all that reads `node` are convolutions of as many channels as the constant varies along."""
+def _convolved(gm: fx.GraphModule, node: fx.Node, origin: fx.Node, value: Tensor, lazy: Lazy) -> bool:
+    """Whether all that reads `node` are convolutions of as many channels as the constant varies along, which widens
+    nothing."""
     leaves = [leaf_of(gm, user) for user in node.users]
     shape = lazy.shape(node)
-    if not leaves or shape is None or not all(isinstance(leaf, Conv) for leaf in leaves):
+    widens = shape is None or shape != lazy.shape(origin)
+    if not leaves or shape is None or widens or not all(isinstance(leaf, Conv) for leaf in leaves):
         return False
     full = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
     return len(full) == len(shape) and all(d == 1 for i, d in enumerate(full) if i != 1) and full[1] in (1, shape[1])
@@ -270,7 +281,7 @@ class FoldAffine:
             origin, value, is_right = operand
             leaf = leaf_of(gm, origin)
             product = leaf if isinstance(leaf, Conv | Linear) else None
-            if not value.is_floating_point() or not (product or _convolved(gm, node, value, lazy)):
+            if not value.is_floating_point() or not (product or _convolved(gm, node, origin, value, lazy)):
                 continue
             affine = _affine(binary.op, value, is_right)
             if affine is None:

@@ -39,6 +39,9 @@ def _of_map(gm: fx.GraphModule, lazy: Lazy, node: fx.Node, reduce: Reduce) -> _M
         return None
     spatial = list(range(2, len(before)))
     if isinstance(leaf, Transpose):
+        left = [p for i, p in enumerate(leaf.perm) if i not in axes]
+        if left != [0, 1] and not reduce.keepdims:  # images and channels change places
+            return None
         return (
             _Map(source(fed), leaf, " of what was transposed")
             if sorted(leaf.perm[a] for a in axes) == spatial

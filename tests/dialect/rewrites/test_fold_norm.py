@@ -239,6 +239,20 @@ def test_constant_before_convs(rewriting: Rewriting, op: str, pads: int, folds: 
     assert folds or "pads with zeros" in r.reasons[0]
 
 
+@pytest.mark.parametrize("op", ["Mul", "Add"])
+def test_constant_that_makes_channels_of_one(rewriting: Rewriting, op: str) -> None:
+    """Grey images made colour: the convolution behind would get one channel."""
+    nodes = [node(op, ["x", "c"], ["a"]), node("Conv", ["a", "w"], ["y"])]
+    r = rewriting.run(FoldAffine(), nodes, {"c": w(1, 3, 1, 1), "w": w(5, 3, 3, 3)}, x=("N", 1, 8, 8))
+    assert r.after == r.before
+
+
+def test_bias_of_a_name_that_is_free(rewriting: Rewriting) -> None:
+    nodes = [node("Relu", ["x"], ["w_bias"]), node("ConvTranspose", ["w_bias", "w"], ["a"]), norm("a", "y")]
+    r = rewriting.run(FoldNorm(), nodes, {"w": w(4, 4, 3, 3)} | norm_constants())
+    assert r.after == ["Relu", "ConvTranspose"]
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (1, 4, 8, 1), (4, 4, 1, 1)])
 def test_constant_before_conv_along_more_than_channels(rewriting: Rewriting, shape: tuple[int, ...]) -> None:
     nodes = [node("Mul", ["x", "c"], ["a"]), node("Conv", ["a", "w"], ["y"])]

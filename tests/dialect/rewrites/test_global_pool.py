@@ -102,12 +102,13 @@ def test_what_was_changed_before(rewriting: Rewriting, nodes: list[NodeProto], w
     "nodes",
     [
         [node("Transpose", ["x"], perm=[0, 1, 3, 2]), node("ReduceMean", ["a"], ("y",), axes=[1, 2])],
+        [node("Transpose", ["x"], perm=[2, 1, 0, 3]), node("ReduceMean", ["a"], ("y",), axes=[0, 3], keepdims=0)],
         [node("Reshape", ["x", "other"]), node("ReduceMean", ["a"], ("y",), axes=[2])],
         [node("ReduceMax", ["x"], axes=[3]), node("ReduceMean", ["a"], ("y",), axes=[2])],
         [node("ReduceMean", ["x"], axes=[3], keepdims=0), node("ReduceMean", ["a"], ("y",), axes=[2])],
         [node("ReduceMean", ["x"], axes=[3]), node("ReduceMean", ["a"], ("y",), axes=[1])],
     ],
-    ids=["other dims", "other rows", "a maximum's mean", "dims dropped once", "over channels"],
+    ids=["other dims", "channels first", "other rows", "a maximum's mean", "dims dropped once", "over channels"],
 )
 def test_what_is_no_map(rewriting: Rewriting, nodes: list[NodeProto]) -> None:
     r = rewriting.run(MakeGlobalPool(), nodes, {"other": np.array([0, 8, -1])})
