@@ -19,6 +19,8 @@ import onnx.inliner
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from hantc.core.errors import ModelError
+from hantc.core.memory import total_memory
+from hantc.dialect import probe
 from hantc.dialect.infer import infer, light, without_claims
 from hantc.dialect.opaque import captured, subgraphs
 
@@ -26,7 +28,8 @@ LARGEST = 1 << 30  # elements of a tensor: 4 GiB in float32
 _DEEPEST = 16  # subgraphs within subgraphs; protobuf itself reads no more than 33
 _MOST_NODES = 1 << 20  # functions expanded
 _MOST_DIMS = 64  # of a tensor; an axis beyond them is none
-_PROBE_S = 300  # for ONNX Runtime to load the model
+_PROBE_S = 180  # for ONNX Runtime to load the model and to run it once
+_PROBE_SPARE = 4 << 30  # bytes of addresses, not of memory, that its threads and libraries take
 _MOST_TURNS = 1 << 20  # of a Loop whose number of turns is a constant
 
 
@@ -54,30 +57,31 @@ def _inlined(model: ModelProto) -> ModelProto:
     return whole
 
 
-_PROBE = """
-import sys
-import onnxruntime as ort
-options = ort.SessionOptions()
-options.log_severity_level = 4
-try:
-    ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-except Exception:
-    pass
-"""
-
-
 def check_survives(model: ModelProto) -> None:
-    """ModelError if ONNX Runtime does not come back from loading the model: it has been seen to crash, which in this
-    process would leave nothing to report. An error of its own is for the backend to report."""
+    """ModelError if ONNX Runtime does not come back from loading the model and running it once, or wants more memory
+    than the machine has, all of which has been seen, and would leave nothing in this process to report it. An error of
+    its own is for the backend to report."""
     with tempfile.TemporaryDirectory(prefix="hantc-probe-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
+        limit = total_memory() + _PROBE_SPARE
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _PROBE, path], capture_output=True, timeout=_PROBE_S, check=False
+                # -P: the modules beside the probe are none of its business
+                [sys.executable, "-P", probe.__file__, path, str(limit)],
+                capture_output=True,
+                timeout=_PROBE_S,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise ModelError(f"ONNX Runtime is still loading it after {_PROBE_S} s") from error
+            raise ModelError(
+                f"ONNX Runtime is still at it {_PROBE_S} s after it began to load and run it once",
+                hint="has it a Loop that does not end?",
+            ) from error
+    if done.returncode == probe.NO_MEMORY:
+        raise ModelError(
+            f"it needs more than this machine's {total_memory() / (1 << 30):.0f} GiB of memory", hint="is this a model?"
+        )
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise ModelError(f"ONNX Runtime crashes on it ({name})", hint="report it to its makers, with the file")

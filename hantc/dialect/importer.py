@@ -13,26 +13,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx_graphsurgeon as gs
-import onnxruntime as ort
 from onnx import ModelProto, NodeProto, numpy_helper
-from onnx_graphsurgeon.logger import G_LOGGER
 from torch import fx, nn
 
 from hantc.core.errors import HantcError, ModelError, UnsupportedError
 from hantc.core.types import ModelInfo, TensorSpec
+from hantc.dialect.fold_constants import fold_constants, type_constants
 from hantc.dialect.fold_shapes import fold_shapes
 from hantc.dialect.functions.registry import function_of
 from hantc.dialect.graph import tidy
 from hantc.dialect.guard import check_untrusted
-from hantc.dialect.infer import with_inferred, without_claims
+from hantc.dialect.infer import without_claims
 from hantc.dialect.leaf import Array, Dim, Leaf, OnnxNode, attributes, has_torch_type, tensor
-from hantc.dialect.opaque import Opaque, captured, forks, subgraphs
+from hantc.dialect.opaque import Opaque, captured, subgraphs
 from hantc.dialect.registry import parse
 from hantc.dialect.verbatim import Verbatim
-
-# forms of a Constant node that hold numbers without their type
-_NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
 def load_onnx(path: str | Path) -> ModelProto:
@@ -131,38 +126,6 @@ def model_info(model: ModelProto) -> ModelInfo:
             (v.name, v.type.SerializeToString()) for v in (*model.graph.input, *model.graph.output) if _foreign(v)
         ),
     )
-
-
-def _type_constants(graph: onnx.GraphProto) -> None:
-    """Write Constant nodes' numbers as tensors: graphsurgeon takes `value_float` for a double."""
-    for node in graph.node:
-        for a in node.attribute:
-            form = _NUMBERS.get(a.name) if node.op_type == "Constant" else None
-            if form is not None:
-                values = np.array(onnx.helper.get_attribute_value(a), form)
-                a.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
-        for inner in subgraphs(node):
-            _type_constants(inner)
-
-
-def clean(model: ModelProto) -> ModelProto:
-    """Fold constants and shape computations, drop dead nodes, sort, infer shapes."""
-    ort.set_default_logger_severity(4)  # graphsurgeon folds through ONNX Runtime; the remarks of both help nobody
-    try:
-        with G_LOGGER.suppress():
-            graph = gs.import_onnx(model)
-            # graphsurgeon folds a Shape whole, even where it asks for a part of the dims (opset 15)
-            partial = any(n.op == "Shape" and n.attrs for n in graph.nodes)
-            # and mixes up the outputs of an If that has several when it puts a branch in its stead
-            forked = any(len(n.output) > 1 for n in forks(model.graph))
-            graph.fold_constants(fold_shapes=not partial, flatten_subgraphs=not forked, error_ok=True)
-            graph.cleanup(remove_unused_graph_inputs=False).toposort()
-            cleaned: ModelProto = gs.export_onnx(graph, do_type_check=False)
-    except Exception:  # graphsurgeon gives up on rare graphs; the importer works on the raw ones too
-        cleaned = model
-    finally:
-        ort.set_default_logger_severity(2)
-    return with_inferred(cleaned)
 
 
 @dataclass
@@ -320,7 +283,7 @@ def _with_shapes(model: ModelProto, info: ModelInfo, b: _Build) -> tuple[ModelIn
 
 def _build(model: ModelProto) -> fx.GraphModule:
     model = without_claims(model)
-    _type_constants(model.graph)
+    type_constants(model.graph)
     info = model_info(model)
     for spec in info.inputs:
         if any(isinstance(d, int) and d < 0 for d in spec.shape):
@@ -332,7 +295,7 @@ def _build(model: ModelProto) -> fx.GraphModule:
             np.zeros(0, kind)
         ):  # strings go from one foreign node to another
             raise ModelError(f"input {spec.name!r} has the type {spec.dtype}, which torch lacks")
-    cleaned = clean(model)
+    cleaned = fold_constants(model)
     b = _begin(cleaned, info)
     info, unranked = _with_shapes(model, info, b)
     for spec in info.inputs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from hantc.core.errors import HantcError
 from hantc.dialect.leaf import Array, Leaf, array, has_torch_type, tensor
+
+_LONGEST = 60.0  # seconds for one node, on one batch
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -103,6 +107,23 @@ def _value_info(name: str, value: Any, declared: bytes | None = None) -> onnx.Va
     return onnx.helper.make_tensor_value_info(name, kind, [None] * value.ndim)
 
 
+@contextmanager
+def _in_time(node: NodeProto) -> Iterator[ort.RunOptions | None]:
+    """For a run of a node that holds others, which may be a Loop without end: options that stop it after `_LONGEST`
+    seconds."""
+    if not any(subgraphs(node)):
+        yield None
+        return
+    options = ort.RunOptions()
+    timer = threading.Timer(_LONGEST, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    finally:
+        timer.cancel()
+
+
 class Opaque(Leaf):
     """One foreign node. `forward` takes the tensors of `names` (its inputs, then captured ones)."""
 
@@ -167,7 +188,8 @@ class Opaque(Leaf):
         arrays = [_to_onnx(x) for x in xs]
         session = self._session(arrays)
         try:
-            results = session.run(None, dict(zip(self.names, arrays, strict=True)))
+            with _in_time(self.proto) as options:
+                results = session.run(None, dict(zip(self.names, arrays, strict=True)), options)
         except Exception as error:  # onnxruntime raises several unrelated types
             raise HantcError(f"{self.proto.op_type} failed in ONNX Runtime: {error}", where=self.proto.name) from error
         tensors = tuple(_from_onnx(r) for r in results)
