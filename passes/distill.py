@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import ClassVar
 
@@ -83,7 +83,7 @@ class Distill:
         were trained. `share`: how much their part is of all, and of those left."""
         assert state.network is not None and ctx.data is not None
         jobs, still, late = self._jobs(state, ctx, ctx.data, todo, seconds_for(ctx, share))
-        progress = checkpoint_of(ctx.store, [*jobs, *still])
+        progress = checkpoint_of(ctx, [*jobs, *still])
         if jobs:
             if ctx.config.recipe == "paper":
                 train_paper(state.network, jobs, ctx, ctx.data, progress)
@@ -116,8 +116,9 @@ class Distill:
         todo: list[Keyed] = []
         skipped: list[Skipped] = []
         for p, key in kept:
-            stored = ctx.store.get_tensors("weights", key)
-            verdict = ctx.store.get_json("verdict", key) or {} if stored is None else {}
+            stored = ctx.store.get_tensors("weights", key) if _as_long(ctx, ctx.store.get_meta("weights", key)) else None
+            verdict = ctx.store.get_json("verdict", key) if stored is None else None
+            verdict = verdict if verdict is not None and _as_long(ctx, verdict) else {}
             rival = (p.region, verdict.get("rival", ""))
             if stored is not None:
                 weights[p.region, p.spec.name] = {k: torch.from_numpy(v) for k, v in stored.items()}
@@ -134,16 +135,16 @@ class Distill:
     def _keep(job: Job, ctx: Context, weights: Weights) -> str:
         """Store what a trained candidate has become, and add it to `weights`; or why it is out."""
         if job.rival:
-            ctx.store.put_json("verdict", job.key, {"rival": job.rival})
+            ctx.store.put_json("verdict", job.key, {"rival": job.rival, **_limit(ctx)})
             return _outdone_by(job.rival)
         if not job.dead and not all(torch.isfinite(p).all() for p in job.module.parameters()):
             job.dead = "its training diverged (non-finite weights)"
         if job.dead:
             ctx.note(f"{job.region.name} {job.spec.name} dropped: {job.dead}")
-            ctx.store.put_json("verdict", job.key, {"dead": job.dead})
+            ctx.store.put_json("verdict", job.key, {"dead": job.dead, **_limit(ctx)})
             return job.dead
         tensors = _weights(job.module)
-        ctx.store.put_tensors("weights", job.key, {k: v.numpy() for k, v in tensors.items()})
+        ctx.store.put_tensors("weights", job.key, {k: v.numpy() for k, v in tensors.items()}, _limit(ctx))
         weights[job.region.name, job.spec.name] = tensors
         return ""
 
@@ -212,6 +213,16 @@ def _weights(module: fx.GraphModule) -> WeightMap:
     return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
 
 
+def _limit(ctx: Context) -> dict[str, str]:
+    """How long the run may take in which a candidate is trained, in seconds: kept beside what becomes of it."""
+    return {"limit": repr(float(ctx.effort.time_limit_s))}
+
+
+def _as_long(ctx: Context, kept: Mapping[str, str] | None) -> bool:
+    """Whether something was trained in a run that might take as long as this one, or longer."""
+    return kept is not None and float(kept.get("limit", 0.0)) >= ctx.effort.time_limit_s
+
+
 def _outdone_by(rival: str) -> str:
     return f"{rival} costs no more and was nearer to the teacher when both had trained alike"
 
@@ -237,7 +248,8 @@ def wanted_ms(costs: CostTable, ctx: Context) -> float:
 
 
 def weights_key(state: State, ctx: Context, p: Proposal) -> str:
-    """Store key of a candidate's trained weights: teacher, region, candidate, data and recipe."""
+    """Store key of a candidate's trained weights: teacher, region, candidate, data and recipe. Not the time limit: what
+    a longer run has trained serves a shorter one."""
     assert ctx.data is not None and state.match is not None
     region = state.match.region(p.region)
     recipe = RECIPE if ctx.config.recipe == "hantc" else PAPER
@@ -249,7 +261,7 @@ def weights_key(state: State, ctx: Context, p: Proposal) -> str:
             "region": [region.input, region.output],
             "spec": asdict(p.spec),
             "data": ctx.data.training_stamp,
-            "recipe": {**recipe, "effort": ctx.config.effort, "limit": ctx.effort.time_limit_s},
+            "recipe": {**recipe, "effort": ctx.config.effort},
             "seed": ctx.config.seed,
         }
     )

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, fx
 
-from hantc.core.store import Store
 from hantc.core.types import CandidateSpec, Region, digest
 from hantc.data.augment import Augment
 from hantc.data.dataset import Dataset
@@ -110,9 +109,9 @@ def gather(network: fx.GraphModule, regions: Sequence[Region], data: Dataset) ->
     return {tap: value[ordinary(image_variance(value))] for tap, value in samples.items()}
 
 
-def checkpoint_of(store: Store, jobs: Sequence[Job]) -> Checkpoint:
-    """Where these jobs' common training is kept while it is under way."""
-    return Checkpoint(store, digest(sorted(j.key for j in jobs)))
+def checkpoint_of(ctx: Context, jobs: Sequence[Job]) -> Checkpoint:
+    """Where these jobs' common training is kept while it is under way: its progress is a share of what it may take."""
+    return Checkpoint(ctx.store, digest([sorted(j.key for j in jobs), ctx.effort.time_limit_s]))
 
 
 def seconds_for(ctx: Context, share: tuple[float, float]) -> float:

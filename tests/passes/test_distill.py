@@ -136,6 +136,36 @@ def test_a_second_run_trains_only_what_is_new(lab: Lab, monkeypatch: pytest.Monk
     assert asked == [("r03", STACK.name)]
 
 
+def test_what_a_longer_run_trained_serves_a_shorter_one(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the other way: who gives more time gets what it buys, and keeps it."""
+    state = offering(lab.matched, ("r03", STACK))
+    long, short = ({"distill_epochs": 1, "time_limit_s": s} for s in (600.0, 7.0))
+    ctx = lab.fresh(effort=short)
+    done(state, ctx)
+    asked: list[str] = []
+    real = train
+
+    def spy(network: fx.GraphModule, jobs: Sequence[Job], *rest: Any) -> None:
+        asked.extend(j.spec.name for j in jobs)
+        real(network, jobs, *rest)
+
+    monkeypatch.setattr(distill, "train", spy)
+    done(state, lab.fresh(effort=long, store=ctx.store))
+    assert asked == [STACK.name]
+    forbid(monkeypatch)
+    for effort in (short, long):
+        done(state, lab.fresh(effort=effort, store=ctx.store))
+
+
+def test_a_verdict_of_a_shorter_run_does_not_bind_a_longer_one(lab: Lab) -> None:
+    state = offering(lab.matched, ("r03", STACK), ("r01", STACK))
+    for limit, n in (("7.0", 2), ("600.0", 1)):
+        ctx = lab.fresh(effort={"distill_epochs": 1})
+        key = weights_key(state, ctx, Proposal("r03", STACK, 1, 1))
+        ctx.store.put_json("verdict", key, {"dead": "its training diverged", "limit": limit})
+        assert len(done(state, ctx)[1]) == n
+
+
 def test_keys_tell_apart_what_training_depends_on(lab: Lab) -> None:
     state, plain = lab.matched, lab.fresh(data=lab.plain)
     ctx = lab.fresh()
@@ -145,7 +175,6 @@ def test_keys_tell_apart_what_training_depends_on(lab: Lab) -> None:
         weights_key(state, ctx, Proposal("r01", BOTTLE, 1, 1)),
         weights_key(state, plain, Proposal("r01", STACK, 1, 1)),
         weights_key(state, lab.fresh(seed=1), Proposal("r01", STACK, 1, 1)),
-        weights_key(state, lab.fresh(effort={"time_limit_s": 7.0}), Proposal("r01", STACK, 1, 1)),
         weights_key(replace(state, model_hash="other"), ctx, Proposal("r01", STACK, 1, 1)),
     ]
     assert len(set(keys)) == len(keys)
@@ -225,7 +254,7 @@ def test_what_was_outdone_is_trained_where_its_rival_is_missing(lab: Lab) -> Non
     ctx = lab.fresh(effort={"distill_epochs": 1})
     state = offering(lab.matched, ("r03", STACK))
     key = weights_key(state, ctx, (state.proposals or ())[0])
-    ctx.store.put_json("verdict", key, {"rival": "slim_keep0.5"})
+    ctx.store.put_json("verdict", key, {"rival": "slim_keep0.5", "limit": "1e9"})
     _, weights = done(state, ctx)
     assert set(weights) == {("r03", STACK.name)}
 
