@@ -31,6 +31,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.floats import unmarked
 from hantc.dialect.importer import load_onnx, model_info, only_tensors
 from hantc.dialect.input_shape import fix_inputs
+from hantc.dialect.unfuse import unfused
 from hantc.passes.state import Clock, Context, State
 
 _CAPS = ("budget_params", "budget_macs", "budget_memory")
@@ -97,7 +98,7 @@ def prepare(
     if "batch" not in config.model_fields_set:
         config = config.model_copy(update={"batch": target.batch})
     check_folder(config.out, f"--out {config.out}")
-    model = model if model is not None else load_onnx(config.model)
+    model = unfused(model if model is not None else load_onnx(config.model))
     only_tensors(model_info(model))
     model = unmarked(fix_inputs(model, config.input_shape))
     info = model_info(model)

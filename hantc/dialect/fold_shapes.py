@@ -132,7 +132,11 @@ def _skip_detours(module: fx.GraphModule, runs: Sequence[Values], shaped: set[fx
     """
     for node in list(module.graph.nodes):
         source, picked = node, False  # a Reshape alone is for the rewrites to drop
-        while _op(module, source) in _MOVES and all(n in shaped for n in source.all_input_nodes[1:]):
+        while (
+            _op(module, source) in _MOVES
+            and source.all_input_nodes
+            and all(n in shaped for n in source.all_input_nodes[1:])
+        ):
             picked = picked or _op(module, source) in _PICKS
             source = source.all_input_nodes[0]
             if picked and all(_nothing_moved(run.get(source), run.get(node)) for run in runs):

@@ -27,7 +27,10 @@ from hantc.dialect.infer import without_claims
 from hantc.dialect.leaf import Array, Dim, Leaf, OnnxNode, attributes, has_torch_type, tensor
 from hantc.dialect.opaque import Opaque, captured, subgraphs
 from hantc.dialect.registry import parse
+from hantc.dialect.unfuse import unfused
 from hantc.dialect.verbatim import Verbatim
+
+_BLOCKED = "com.microsoft.nchwc"  # operators on channels in blocks of as many as the CPU's registers hold
 
 
 def load_onnx(path: str | Path) -> ModelProto:
@@ -199,7 +202,8 @@ def _passes_through(b: _Build, node: NodeProto) -> bool:
 
 def _native(b: _Build, node: NodeProto, outputs: tuple[str, ...]) -> tuple[Leaf, list[fx.Node]]:
     if node.domain not in ("", "ai.onnx"):
-        raise UnsupportedError(f"operator of domain {node.domain}")
+        why = "; ONNX Runtime saved the file for one kind of CPU: at ORT_ENABLE_EXTENDED it would not"
+        raise UnsupportedError(f"operator of domain {node.domain}{why if node.domain == _BLOCKED else ''}")
     view = OnnxNode(node.op_type, attributes(node), b.opset, tuple(node.input), b.constants, b.shapes, outputs)
     leaf = parse(view)
     return leaf, [b.value(node.input[i]) for i in leaf.data]
@@ -295,7 +299,7 @@ def _build(model: ModelProto) -> fx.GraphModule:
             np.zeros(0, kind)
         ):  # strings go from one foreign node to another
             raise ModelError(f"input {spec.name!r} has the type {spec.dtype}, which torch lacks")
-    cleaned = fold_constants(model)
+    cleaned = unfused(fold_constants(model))  # which knows more ranks now
     b = _begin(cleaned, info)
     info, unranked = _with_shapes(model, info, b)
     for spec in info.inputs:
@@ -317,7 +321,7 @@ def import_model(model: ModelProto, *, where: str = "model") -> fx.GraphModule:
     try:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
-        module = _build(model)
+        module = _build(unfused(model))
     except ModelError as error:
         raise ModelError(error.message, where=where, hint=error.hint) from error
     module.eval()

@@ -115,6 +115,99 @@ def test_static_quantisation(tmp_path: Path, act: str, form: Any, kind: Any, per
     assert len(made.ranges) >= 8 and all(scale > 0 for scale, _ in made.ranges.values())
 
 
+@pytest.mark.parametrize("form", [QuantFormat.QDQ, QuantFormat.QOperator])
+@pytest.mark.parametrize("act", ["Relu", "LeakyRelu"])
+def test_what_onnxruntime_made_of_it(tmp_path: Path, form: Any, act: str) -> None:
+    """Saved after all its optimisations: QLinear operators, some of them with the channels last."""
+    model = network(act)
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    paths = [str(tmp_path / name) for name in ("m.onnx", "q.onnx", "o.onnx")]
+    quantize_static(*paths[:2], _Reader(), quant_format=form, activation_type=QuantType.QUInt8)
+    options = ort.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, paths[2]
+    ort.InferenceSession(paths[1], options, providers=["CPUExecutionProvider"])
+    given = onnx.load(paths[2])
+    found = {n.op_type for n in given.graph.node}
+    assert {"QLinearConv", "QLinearAdd"} <= found
+    assert any(a.name == "channels_last" and a.i for n in given.graph.node for a in n.attribute)
+    made = dequantized(given)
+    assert made.reason == ""
+    onnx.checker.check_model(made.model, full_check=True)
+    found = {n.op_type for n in made.model.graph.node}
+    assert not any("Linear" in op or op.startswith(("Q", "Nhwc")) for op in found)
+    x = images(32, 77)
+    wanted = run(model, x)
+    assert error(wanted, run(made.model, x)) < 0.03
+    assert error(wanted, run(made.model, x)) < 1.2 * error(wanted, run(given, x))
+
+
+def contrib(nodes: list[onnx.NodeProto], x: tuple[int, ...], constants: dict[str, Any]) -> ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=9
+    )
+
+
+UNIT = {"s": np.float32(0.05), "z": np.uint8(128), "t": np.float32(0.05), "u": np.uint8(120)}
+TO_INT = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+TO_FLOAT = helper.make_node("DequantizeLinear", ["r", "t", "u"], ["y"])
+
+
+def _ms(op: str, inputs: str, output: str, **attrs: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), [output], domain="com.microsoft", **attrs)
+
+
+RNG = np.random.default_rng(5)
+WEIGHT = {"w": RNG.integers(0, 255, (8, 24)).astype(np.uint8), "k": RNG.uniform(0.001, 0.01, 24).astype(np.float32)}
+WEIGHT |= {"m": np.full(24, 128, np.uint8), "b": RNG.standard_normal(24).astype(np.float32)}
+CASES: dict[str, tuple[list[onnx.NodeProto], set[str]]] = {
+    "DynamicQuantizeMatMul": ([_ms("DynamicQuantizeMatMul", "x w k m b", "y")], {"MatMul", "Add"}),
+    "DynamicQuantizeMatMul without a bias": ([_ms("DynamicQuantizeMatMul", "x w k m", "y")], {"MatMul"}),
+    "MatMulIntegerToFloat": ([TO_INT, _ms("MatMulIntegerToFloat", "q w s k z m b", "y")], {"MatMul", "Add"}),
+    "QLinearWhere": ([TO_INT, _ms("QLinearWhere", "yes q s z q s z t u", "r"), TO_FLOAT], {"Where"}),
+    "QAttention": ([TO_INT, _ms("QAttention", "q w b s k1 none z m1", "y", num_heads=2)], {"Attention"}),
+}
+
+
+@pytest.mark.parametrize(("nodes", "ops"), CASES.values(), ids=CASES)
+def test_contributed_operators(nodes: list[onnx.NodeProto], ops: set[str]) -> None:
+    facts = {"yes": np.array([True, False] * 4), "k1": np.float32(0.005), "m1": np.uint8(128)}
+    for one in nodes:
+        one.input[:] = ["" if i == "none" else i for i in one.input]
+    read = {i for n in nodes for i in n.input}
+    constants = {k: v for k, v in (UNIT | WEIGHT | facts).items() if k in read}
+    given = contrib(nodes, (2, 3, 8), constants)
+    made = dequantized(given)
+    assert made.reason == "" and {n.op_type for n in made.model.graph.node} - {"Identity"} == ops
+    x = (RNG.standard_normal((2, 3, 8)) * 1.5).astype(np.float32)
+    assert error(run(given, x), run(made.model, x)) < 0.03
+
+
+def test_pooling_with_the_channels_last() -> None:
+    x, shape = images(2, 1), (2, *SHAPE)
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["n"], perm=[0, 2, 3, 1]),
+        helper.make_node("QuantizeLinear", ["n", "s", "z"], ["q"]),
+        _ms("NhwcMaxPool", "q", "p", kernel_shape=[2, 2], strides=[2, 2]),
+        _ms("QLinearAveragePool", "p s z s z", "a", kernel_shape=[2, 2], channels_last=1),
+        _ms("QLinearGlobalAveragePool", "a s z s z", "r", channels_last=1),
+        helper.make_node("DequantizeLinear", ["r", "s", "z"], ["y"]),
+    ]
+    given = contrib(nodes, shape, {k: UNIT[k] for k in "sz"})
+    made = dequantized(given)
+    assert made.reason == ""
+    found = Counter(n.op_type for n in made.model.graph.node)
+    assert (found["MaxPool"], found["AveragePool"], found["GlobalAveragePool"]) == (1, 1, 1)
+    assert not any("Linear" in op or op.startswith("Nhwc") for op in found)
+    assert error(run(given, x), run(made.model, x)) < 0.15, "three roundings of small values"
+
+
 def test_dynamic_quantisation(tmp_path: Path) -> None:
     model = network()
     onnx.save(model, str(tmp_path / "m.onnx"))

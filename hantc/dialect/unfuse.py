@@ -1,0 +1,215 @@
+"""Operators into which ONNX Runtime fuses others, taken apart again.
+
+It writes them where it saves a file that it has optimised (`optimized_model_filepath`), and so do its tools for
+transformers. Other engines do not know them, and no gradient passes them. What it computes by them is in its
+`docs/ContribOperators.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from onnx import AttributeProto, ModelProto, NodeProto, helper, numpy_helper
+
+from hantc.dialect.infer import infer, light
+from hantc.dialect.leaf import attributes
+
+_DOMAIN = "com.microsoft"
+_CLIP_OF_INPUTS = 11  # the first opset whose Clip takes its ends as inputs
+_EINSUM = 12  # the first that has it
+_LAYER_NORM = 17
+# of FusedConv's and FusedGemm's activations: the attributes that their parameters become, in order
+_PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"Relu": (), "Sigmoid": (), "Tanh": (), "LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta")}
+)
+
+
+@dataclass
+class _Parts:
+    """What one fused node becomes."""
+
+    node: NodeProto
+    ranks: Mapping[str, int]
+    opset: int
+    made: list[NodeProto] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        return attributes(self.node)
+
+    def input(self, i: int) -> str:
+        return self.node.input[i] if i < len(self.node.input) else ""
+
+    def add(self, op: str, *inputs: str, **attrs: Any) -> str:
+        """A node of one output, by whose name it returns."""
+        name = f"{self.node.output[0]}/{op}_{len(self.made)}"
+        self.made.append(helper.make_node(op, list(inputs), [name], name=name, **attrs))
+        return name
+
+    def number(self, value: float) -> str:
+        name = f"{self.node.output[0]}/{value:g}"
+        self.constants[name] = np.array(value, np.float32)
+        return name
+
+    def end(self) -> bool:
+        """The last node's output is the fused one's."""
+        self.made[-1].output[0] = self.node.output[0]
+        return True
+
+
+_Rule = Callable[[_Parts], bool]  # whether it took the node apart
+
+
+def _activation(p: _Parts, x: str, kind: str, values: list[float]) -> bool:
+    if kind == "Clip" and len(values) == 2 and p.opset < _CLIP_OF_INPUTS:
+        p.add("Clip", x, min=values[0], max=values[1])
+    elif kind == "Clip" and len(values) == 2:
+        p.add("Clip", x, p.number(values[0]), p.number(values[1]))
+    elif kind in _PARAMETERS:
+        p.add(kind, x, **dict(zip(_PARAMETERS[kind], values, strict=False)))
+    else:
+        return False
+    return p.end()
+
+
+def _conv(p: _Parts) -> bool:
+    own = ("activation", "activation_params")
+    plain = {k: v for k, v in p.attrs.items() if k not in own}
+    kind = str(p.attrs.get("activation", ""))
+    value = p.add("Conv", *filter(None, (p.input(i) for i in range(3))), **plain)
+    if p.input(3):
+        value = p.add("Add", value, p.input(3))
+    return _activation(p, value, kind, list(p.attrs.get("activation_params", []))) if kind else p.end()
+
+
+def _gemm(p: _Parts) -> bool:
+    plain = {k: v for k, v in p.attrs.items() if not k.startswith("activation")}
+    names = ("activation_alpha", "activation_beta", "activation_gamma")
+    value = p.add("Gemm", *p.node.input, **plain)
+    values = [float(p.attrs[n]) for n in names if n in p.attrs]
+    return _activation(p, value, str(p.attrs.get("activation", "")), values)
+
+
+def _matmul(p: _Parts) -> bool:
+    turned = [bool(p.attrs.get(name, 0)) for name in ("transA", "transB")]
+    ranks = [p.ranks.get(p.input(i), 0) for i in (0, 1)]
+    if p.attrs.get("transBatchA", 0) or p.attrs.get("transBatchB", 0):
+        return False
+    if all(rank > 1 for rank, turn in zip(ranks, turned, strict=True) if turn):
+        operands = [_turned(p, i, ranks[i]) if turned[i] else p.input(i) for i in (0, 1)]
+        value = p.add("MatMul", *operands)
+    elif p.opset >= _EINSUM:
+        equation = f"...{'ji' if turned[0] else 'ij'},...{'kj' if turned[1] else 'jk'}->...ik"
+        value = p.add("Einsum", p.input(0), p.input(1), equation=equation)
+    else:
+        return False
+    alpha = float(p.attrs.get("alpha", 1.0))
+    if alpha != 1.0:
+        p.add("Mul", value, p.number(alpha))
+    return p.end()
+
+
+def _turned(p: _Parts, i: int, rank: int) -> str:
+    return p.add("Transpose", p.input(i), perm=[*range(rank - 2), rank - 1, rank - 2])
+
+
+def _sigmoid_gelu(p: _Parts) -> bool:
+    """QuickGelu: x · sigmoid(αx); with α = 1 SiLU."""
+    x, alpha = p.input(0), float(p.attrs.get("alpha", 1.702))
+    gate = p.add("Sigmoid", x if alpha == 1.0 else p.add("Mul", x, p.number(alpha)))
+    p.add("Mul", x, gate)
+    return p.end()
+
+
+def _gelu(p: _Parts) -> bool:
+    """Gelu, and BiasGelu, by the error function."""
+    x = p.add("Add", p.input(0), p.input(1)) if p.input(1) else p.input(0)
+    erf = p.add("Erf", p.add("Div", x, p.number(math.sqrt(2.0))))
+    p.add("Mul", p.add("Mul", x, p.add("Add", erf, p.number(1.0))), p.number(0.5))
+    return p.end()
+
+
+def _fast_gelu(p: _Parts) -> bool:
+    """x/2 · (1 + tanh(x · (0.7979 + 0.0357 x²)))."""
+    x = p.add("Add", p.input(0), p.input(1)) if p.input(1) else p.input(0)
+    inner = p.add("Add", p.add("Mul", p.add("Mul", x, x), p.number(0.035677408136300125)), p.number(0.7978845608028654))
+    tanh = p.add("Tanh", p.add("Mul", x, inner))
+    p.add("Mul", p.add("Mul", x, p.number(0.5)), p.add("Add", tanh, p.number(1.0)))
+    return p.end()
+
+
+def _skip_norm(p: _Parts) -> bool:
+    if p.opset < _LAYER_NORM or any(p.node.output[1:3]):
+        return False
+    value = p.add("Add", p.input(0), p.input(1))
+    if p.input(4):
+        value = p.add("Add", value, p.input(4))
+    if len(p.node.output) > 3 and p.node.output[3]:
+        p.made[-1].output[0] = value = p.node.output[3]
+    p.add("LayerNormalization", value, *filter(None, (p.input(2), p.input(3))), epsilon=p.attrs.get("epsilon", 1e-12))
+    return p.end()
+
+
+_RULES: Mapping[str, _Rule] = MappingProxyType(
+    {
+        "FusedConv": _conv,
+        "FusedGemm": _gemm,
+        "FusedMatMul": _matmul,
+        "QuickGelu": _sigmoid_gelu,
+        "Gelu": _gelu,
+        "BiasGelu": _gelu,
+        "FastGelu": _fast_gelu,
+        "SkipLayerNormalization": _skip_norm,
+    }
+)
+
+
+def _fused(model: ModelProto) -> bool:
+    return any(n.domain == _DOMAIN and n.op_type in _RULES for n in model.graph.node)
+
+
+def _ranks(model: ModelProto) -> Mapping[str, int]:
+    known = {i.name: len(i.dims) for i in model.graph.initializer}
+    values = (*model.graph.input, *model.graph.value_info, *infer(light(model)))
+    return known | {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.tensor_type.HasField("shape")}
+
+
+def unfused(model: ModelProto) -> ModelProto:
+    """`model` in ONNX's own operators, as far as its main graph's fused ones are known; itself where there are none.
+    Others stay as they are, and ONNX Runtime runs them."""
+    while _fused(model):
+        made = _once(model)
+        if made.graph.node == model.graph.node:
+            break
+        model = made  # of more tensors the ranks may be known now
+    return model
+
+
+def _once(model: ModelProto) -> ModelProto:
+    made = ModelProto()
+    made.CopyFrom(model)
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    ranks = _ranks(model)
+    constants: dict[str, Any] = {}
+    del made.graph.node[:]
+    for node in model.graph.node:
+        made.graph.node.extend(_apart(node, ranks, opset, constants))
+    made.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
+    return made
+
+
+def _apart(node: NodeProto, ranks: Mapping[str, int], opset: int, constants: dict[str, Any]) -> Iterator[NodeProto]:
+    rule = _RULES.get(node.op_type) if node.domain == _DOMAIN else None
+    parts = _Parts(node, ranks, opset)
+    symbolic = any(a.type == AttributeProto.UNDEFINED or a.ref_attr_name for a in node.attribute)
+    if rule is None or symbolic or not node.output or not rule(parts):
+        yield node
+        return
+    constants.update(parts.constants)
+    yield from parts.made
