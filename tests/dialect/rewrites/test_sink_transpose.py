@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tests.dialect.rewrites.conftest import Rewriting
 
 RNG = np.random.default_rng(9)
+SLICE = {"one": [1, 0], "five": [5, 3], "axes": [2, -1], "two": [2, 1]}
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -62,6 +63,10 @@ def test_two_convolutions_channels_last(rewriting: Rewriting) -> None:
         ([node("Mul", "l l", "m")], {}),
         ([node("Pad", "l p v", "m")], {"p": np.array([0, 1, 0, 2, 0, 3, 1, 0]), "v": np.float32(0.5)}),
         ([node("Sigmoid", "l", "s"), node("Mul", "l s", "m")], {}),
+        ([node("ReduceMax", "l", "m", axes=[1, -1], keepdims=1)], {}),
+        ([node("ReduceMean", "l", "r", axes=[1, 2], keepdims=1), node("Mul", "l r", "m")], {}),
+        ([node("Softmax", "l", "m", axis=-1)], {}),
+        ([node("Slice", "l one five axes two", "m")], {n: np.array(v) for n, v in SLICE.items()}),
     ],
 )
 def test_moves_past(rewriting: Rewriting, middle: list[NodeProto], constants: dict[str, Any]) -> None:
@@ -70,6 +75,49 @@ def test_moves_past(rewriting: Rewriting, middle: list[NodeProto], constants: di
     made, _, _ = normalize(before)
     assert "Transpose" not in [n.op_type for n in emit(made).model.graph.node]
     rewriting.equal(before, made)
+
+
+def test_squeeze_and_excite_channels_last(rewriting: Rewriting) -> None:
+    """A value with two readers, both of which the Transpose moves past."""
+    weights = RNG.standard_normal((4, 4, 1, 1)).astype(np.float32)
+    nodes = [
+        node("Conv", "x w", "c"),
+        node("Transpose", "c", "l", perm=LAST),
+        node("Sigmoid", "l", "s"),
+        node("Mul", "l s", "act"),
+        node("ReduceMean", "act", "mean", axes=[1, 2], keepdims=1),
+        node("Transpose", "mean", "f", perm=FIRST),
+        node("Conv", "f w", "d"),
+        node("Transpose", "d", "dl", perm=LAST),
+        node("Sigmoid", "dl", "gate"),
+        node("Mul", "act gate", "gated"),
+        node("Transpose", "gated", "y", perm=FIRST),
+    ]
+    before = rewriting.graph(nodes, {"w": weights})
+    made, _, missed = normalize(before)
+    kinds = [n.op_type for n in emit(made).model.graph.node]
+    assert "Transpose" not in kinds and "GlobalAveragePool" in kinds
+    assert not any(m.rewrite == "sink_transpose" for m in missed)
+    rewriting.equal(before, made)
+
+
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax"])
+def test_a_reduction_that_drops_the_dims_ends_it(rewriting: Rewriting, op: str) -> None:
+    nodes = [
+        node("Transpose", "x", "l", perm=LAST),
+        node("Relu", "l", "r"),
+        node(op, "r", "y", axes=[1, 2], keepdims=0),
+    ]
+    before = rewriting.graph(nodes, {})
+    made, _, _ = normalize(before)
+    assert "Transpose" not in [n.op_type for n in emit(made).model.graph.node]
+    rewriting.equal(before, made)
+
+
+def test_a_reduction_that_leaves_another_order_does_not(rewriting: Rewriting) -> None:
+    nodes = [node("Transpose", "x", "l", perm=LAST), node("ReduceMax", "l", "y", axes=[0], keepdims=0)]
+    r = rewriting.run(SinkTranspose(), nodes)
+    assert r.applied == [] and r.missed == []
 
 
 @pytest.mark.parametrize("axis", [3, -1, 1])
