@@ -98,21 +98,14 @@ def prepare(
     if "batch" not in config.model_fields_set:
         config = config.model_copy(update={"batch": target.batch})
     check_folder(config.out, f"--out {config.out}")
-    model = unfused(model if model is not None else load_onnx(config.model))
+    loaded = model if model is not None else load_onnx(config.model)
+    model = unfused(loaded)
+    notes = [] if model is loaded else ["ONNX Runtime had optimised the file: its fused operators were taken apart"]
     only_tensors(model_info(model))
     model = unmarked(fix_inputs(model, config.input_shape))
     info = model_info(model)
     _check_model(info, config)
-    backend = target.make_backend()
-    capabilities = backend.capabilities()
-    if not capabilities.available:
-        where = "--target" if config.backend is None else "--backend"
-        raise UsageError(
-            f"target {target.name} cannot be used with {backend.name} here: {capabilities.reason}", where=where
-        )
-    if config.optimized and (config.foreign_lut or not isinstance(backend, Optimizer)):
-        why = "the table is of another machine" if config.foreign_lut else f"{backend.name} writes no such file"
-        raise UsageError(f"cannot be had: {why}", where="--optimized", hint="leave it out")
+    backend, capabilities = _engine(config, target)
     threads = config.threads or target.threads or capabilities.device.cores
     # training takes this machine's cores, whatever the target has; fewer where whoever embeds hantc set fewer
     torch.set_num_threads(min(physical_cores(), torch.get_num_threads()))
@@ -133,7 +126,7 @@ def prepare(
     precisions = _precisions(config, target, capabilities, exact=data is None)
     store = Store(config.store)
     _begin(config, reporter)
-    given, model, notes = _in_floats(model, data is not None, reporter)
+    given, model, more = _in_floats(model, data is not None, reporter)
     ctx = Context(
         config=config,
         effort=effort,
@@ -149,20 +142,37 @@ def prepare(
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )
-    for note in (*capabilities.notes, *(data.notes if data else ()), *notes):
+    for note in (*capabilities.notes, *(data.notes if data else ()), *notes, *more, *_admitted(ctx)):
         ctx.note(note)
-    if data is None:
-        ctx.note(
-            "no --data: only exact rewrites were admitted; with images (labels optional) regions are replaced and "
-            "quantised"
-            + (
-                "; the student computes in BF16, which rounds what the teacher computes in FP32"
-                * ("bf16" in precisions)
-            )
-        )
-    elif config.precision == "int8":
-        ctx.note("--precision int8 admits INT8 everywhere; regions that are better or faster in FP32 stay in FP32")
     return State(model=model, model_hash=_hash(model), given=given, given_hash=_hash(given) if given else ""), ctx
+
+
+def _engine(config: CompileConfig, target: Target) -> tuple[Backend, Capabilities]:
+    """The target's backend and what it can do here. UsageError where that is not what the options ask for."""
+    backend = target.make_backend()
+    capabilities = backend.capabilities()
+    if not capabilities.available:
+        where = "--target" if config.backend is None else "--backend"
+        raise UsageError(
+            f"target {target.name} cannot be used with {backend.name} here: {capabilities.reason}", where=where
+        )
+    if config.optimized and (config.foreign_lut or not isinstance(backend, Optimizer)):
+        why = "the table is of another machine" if config.foreign_lut else f"{backend.name} writes no such file"
+        raise UsageError(f"cannot be had: {why}", where="--optimized", hint="leave it out")
+    return backend, capabilities
+
+
+def _admitted(ctx: Context) -> list[str]:
+    """Notes on what the options leave to choose from."""
+    if ctx.data is None:
+        rounds = "; the student computes in BF16, which rounds what the teacher computes in FP32"
+        return [
+            "no --data: only exact rewrites were admitted; with images (labels optional) regions are replaced and "
+            "quantised" + rounds * ("bf16" in ctx.precisions)
+        ]
+    if ctx.config.precision == "int8":
+        return ["--precision int8 admits INT8 everywhere; regions that are better or faster in FP32 stay in FP32"]
+    return []
 
 
 def _in_floats(model: ModelProto, trains: bool, reporter: Reporter) -> tuple[ModelProto | None, ModelProto, list[str]]:

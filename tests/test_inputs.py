@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 import hantc
@@ -48,6 +49,23 @@ def board(tmp_path: Path) -> Path:
 def context(tiny: Tiny, place: Path, **options: Any) -> Context:
     config = make_config(tiny.model, out=place / "out", store=place / "store", **options)
     return prepare(config, Reporter())[1]
+
+
+def test_a_file_that_onnxruntime_optimised(cli: Callable[..., Result], tiny: Tiny, tmp_path: Path) -> None:
+    """Its fused operators are taken apart; the regions are those of the file before."""
+    options = ort.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(tmp_path / "fast.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    ort.InferenceSession(str(tiny.model), options, providers=["CPUExecutionProvider"])
+    assert "com.microsoft" in {n.domain for n in onnx.load(tmp_path / "fast.onnx").graph.node}
+    found = [cli("regions", file, "--json").json()["regions"] for file in (tiny.model, tmp_path / "fast.onnx")]
+    assert [r["kind"] for r in found[0]] == [r["kind"] for r in found[1]] != []
+    common = ("--target", "roofline", "--store", tmp_path / "store", "--out", tmp_path / "out")
+    done = cli(tmp_path / "fast.onnx", *common)
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert any("fused operators were taken apart" in n for n in summary["notes"])
+    assert {n.domain for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node} == {""}
 
 
 def test_batch_and_threads_are_the_targets_unless_given(tiny: Tiny, tmp_path: Path, board: Path) -> None:
