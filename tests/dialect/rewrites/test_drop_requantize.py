@@ -62,3 +62,11 @@ def test_another_grid(rewriting: Rewriting, scale: str, zero: str) -> None:
     r = rewriting.run(DropRequantize(), [*chain(*middle)[:-1], last], SCALES)
     assert r.before == r.after
     assert r.reasons == ["the scales or zero points differ"]
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e37, 0.0, np.inf, np.nan])
+def test_scales_that_float32_hardly_holds(rewriting: Rewriting, scale: float) -> None:
+    pair = [node("DequantizeLinear", "q", "s", "z", "d"), node("QuantizeLinear", "d", "s", "z", "p")]
+    graph = rewriting.graph(chain(*pair), {**SCALES, "s": np.array(scale, np.float32)})
+    applied, missed = DropRequantize().apply(graph)
+    assert applied == [] and len(missed) == 1
