@@ -91,6 +91,11 @@ class Meter:
         self._reference_ms = self._reference()
         self.base["reference_ms"] = self._reference_ms  # rows hold beside the reference that they were scaled to
 
+    @property
+    def steady(self) -> bool:
+        """Whether figures are scaled to one clock, whatever the machine's speed."""
+        return self._canary is not None
+
     def key(self, **what: object) -> str:
         return digest({**self.base, **what})
 

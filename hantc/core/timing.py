@@ -12,7 +12,10 @@
   percentile. On a quiet machine that is every one; the reported spread keeps them all. Measured on a machine
   whose speed swung by 1.5 between spells, two networks interleaved for four seconds, 300 times: the ratio of
   plain medians lay between 0.348 and 0.392 (5th and 95th percentile), of these between 0.371 and 0.393.
-- Where the spread is wide, more rounds follow, up to `_MAX_FACTOR` times what was asked for.
+- More rounds follow, up to `_MAX_FACTOR` times what was asked for, until every figure's 95 % confidence interval is
+  narrow: within `_NARROW` of it to either side. The interval is that of a median, between two of the quiet samples
+  by rank (Le Boudec, "Performance Evaluation of Computer and Communication Systems", section 2.2), which supposes
+  nothing about how they are spread; where fewer than half of the samples are quiet there is none yet.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_NOISY = 0.10  # IQR over median above which more rounds follow
-_MAX_FACTOR = 2
+_NARROW = 0.02  # half of a figure's confidence interval, relative to it
+_MAX_FACTOR = 3
 _QUIET = 1.10
 _QUIET_LEVEL = 5  # percentile
 _SLICE_MS = 3.0
@@ -62,7 +65,7 @@ def measure_interleaved(
     wanted = _rounds(fastest, protocol)
     samples: list[list[float]] = [[] for _ in runs]
     rounds = 0
-    while rounds < wanted or (rounds < wanted * _MAX_FACTOR and any(_is_noisy(s) for s in samples)):
+    while rounds < wanted or (rounds < wanted * _MAX_FACTOR and any(uncertainty(s) > _NARROW for s in samples)):
         for k in range(len(runs)):
             i = ((k if rounds % 2 else -k) + rounds) % len(runs)
             samples[i].append(_sample_ms(runs[i], plans[i], clock))
@@ -135,12 +138,22 @@ def _switches() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 
-def _is_noisy(samples: Sequence[float]) -> bool:
-    timing = _timing(samples)
-    return timing.iqr_ms > _NOISY * timing.median_ms
+def uncertainty(samples: Sequence[float]) -> float:
+    """Half of the 95 % confidence interval of `_timing`'s figure, relative to it."""
+    quiet = _quiet(samples)
+    if 2 * len(quiet) < len(samples):
+        return math.inf
+    middle, reach = (len(quiet) - 1) / 2, 0.98 * math.sqrt(len(quiet))
+    low, high = max(0, math.floor(middle - reach)), min(len(quiet) - 1, math.ceil(middle + reach))
+    return (quiet[high] - quiet[low]) / 2 / statistics.median(quiet)
+
+
+def _quiet(samples: Sequence[float]) -> list[float]:
+    """Those samples that nothing slowed down, in order."""
+    level = float(np.percentile(samples, _QUIET_LEVEL))
+    return sorted(s for s in samples if s <= _QUIET * level)
 
 
 def _timing(samples: Sequence[float]) -> Timing:
-    quiet, low, high = np.percentile(samples, [_QUIET_LEVEL, 25, 75])
-    usable = [s for s in samples if s <= _QUIET * quiet]
-    return Timing(median_ms=float(np.median(usable)), iqr_ms=float(high - low), samples=len(samples))
+    low, high = np.percentile(samples, [25, 75])
+    return Timing(median_ms=statistics.median(_quiet(samples)), iqr_ms=float(high - low), samples=len(samples))

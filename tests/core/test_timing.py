@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
-from hantc.core.timing import measure_interleaved
+from hantc.core.timing import measure_interleaved, uncertainty
 from hantc.core.types import Protocol
 
 
@@ -97,8 +99,35 @@ def test_very_short_runs_are_timed_in_groups() -> None:
     assert reads == 2 * (1 + 2 * 10)
 
 
-def test_wide_spread_asks_for_more_rounds_up_to_a_limit() -> None:
+def test_a_slow_machine_is_waited_for_up_to_a_limit() -> None:
+    """Two thirds of the samples are disturbed: what the quiet ones say is not to be trusted yet."""
     fake = FakeRuns()
     runs = [fake.run("a", [1.0, 3.0, 2.0]), fake.run("b", [1.0])]
     timings = measure_interleaved(runs, Protocol(1, samples=4, min_sample_ms=0.1), lambda: fake.now)
-    assert [t.samples for t in timings] == [8, 8]
+    assert [t.samples for t in timings] == [12, 12]
+
+
+def test_rounds_end_when_the_interval_is_narrow() -> None:
+    fake = FakeRuns()
+    first = [1.0, 1.0, 1.0, 1.09] * 4  # every second call is timed: eight samples, half of them slower
+    run = fake.run("a", [1.0] * 6 + first + [1.0] * 200)
+    (timing,) = measure_interleaved([run], Protocol(1, samples=8, min_sample_ms=0.1), lambda: fake.now)
+    assert 8 < timing.samples < 24 and timing.median_ms == 1.0
+
+
+@pytest.mark.parametrize("n", [12, 25, 100])
+def test_the_interval_covers_the_median(n: int) -> None:
+    """In 95 of 100 cases or more, whatever the distribution: here a skewed one within the quiet range."""
+    rng = np.random.default_rng(n)
+    true, covered = float(np.median(1 + 0.05 * rng.beta(1, 3, 1_000_000))), 0
+    for _ in range(1000):
+        samples = list(1 + 0.05 * rng.beta(1, 3, n))
+        covered += abs(float(np.median(samples)) - true) <= 2 * uncertainty(samples)  # it is not symmetric
+    assert covered >= 950
+
+
+def test_the_interval_narrows_with_samples() -> None:
+    rng = np.random.default_rng(0)
+    found = [uncertainty(list(1 + 0.05 * rng.random(n))) for n in (12, 100, 1000)]
+    assert found[0] > found[1] > found[2] > 0
+    assert uncertainty([1.0]) == 0.0 and uncertainty([1.0, 2.0, 2.0]) == math.inf

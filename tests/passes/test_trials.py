@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
-from hantc.core.types import Correction, Plan
+from hantc.core.backend_api import Artefact
+from hantc.core.types import Correction, Plan, Protocol, Timing
 from hantc.passes.program import make_plan, make_problem, parts_of
 from hantc.passes.state import Evaluated, State
-from hantc.passes.trials import corrected, trials
+from hantc.passes.trials import corrected, measure_students, trials
 from hantc.search.ilp import solve_diverse
 from hantc.search.problem import make_solution
+from tests.passes.test_meter import Moody
 from tests.passes.test_program import chain, cost, score, state_of
+
+if TYPE_CHECKING:
+    from tests.passes.conftest import Lab
 
 
 def plans(state: State) -> list[Plan]:
@@ -60,6 +67,37 @@ def test_kinds_that_cost_more_in_networks_are_found() -> None:
         before = abs(s.cost / ms - 1)
         now = abs(make_solution(after, s.items, optimal=False, gap=math.inf).cost / ms - 1)
         assert now <= max(before, 0.03)
+
+
+class Crowded(Moody):
+    """A machine whose memory others use too: the teacher, timed first, no longer keeps its weights in the caches."""
+
+    def __init__(self, times: float, *, refuses: str = "") -> None:
+        super().__init__([1.0], refuses=refuses)
+        self.times = times
+
+    def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
+        first, *rest = super().measure(artefacts, protocol)
+        return [replace(first, median_ms=first.median_ms * self.times) if rest else first, *rest]
+
+
+def students(lab: Lab, machine: Moody) -> list[float]:
+    assert lab.scored.costs is not None
+    problem = make_problem(lab.scored, 0.7 * lab.scored.costs.teacher_ms)
+    ctx = lab.fresh(backend=machine)
+    return [e.measured_ms for e in measure_students(lab.scored, ctx, problem, solve_diverse(problem, 3))]
+
+
+def test_students_are_not_faster_because_the_teacher_is_slower(lab: Lab) -> None:
+    """Its many weights suffer more than theirs; a machine that is slower for all shows in the reference network."""
+    calm = students(lab, Crowded(1.0))
+    assert students(lab, Crowded(1.2)) == pytest.approx(calm)
+    assert students(lab, Moody([1.0, 3.0])) == pytest.approx(calm), "the first is the reference"
+
+
+def test_without_a_reference_network_the_teacher_is_the_clock(lab: Lab) -> None:
+    calm, crowded = (students(lab, Crowded(times, refuses="HardSwish")) for times in (1.0, 1.2))
+    assert crowded == pytest.approx([ms / 1.2 for ms in calm])
 
 
 def test_correcting_by_nothing_changes_nothing() -> None:
