@@ -127,6 +127,8 @@ def prepare(
     store = Store(config.store)
     _begin(config, reporter)
     given, model, more = _in_floats(model, data is not None, reporter)
+    if given is not None:  # the file itself, and not what was made of it
+        given = unmarked(fix_inputs(loaded, config.input_shape))
     ctx = Context(
         config=config,
         effort=effort,

@@ -12,7 +12,9 @@ from torch import Tensor, fx
 
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.leaf import Array, array
+from hantc.dialect.opaque import stopped
 
+_LONGEST = 120.0  # seconds for two images
 _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
@@ -32,7 +34,8 @@ def disagreement(model: ModelProto, network: fx.GraphModule) -> float:
         inputs = example_inputs(info, 2)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         feeds = {spec.name: array(x) for spec, x in zip(info.inputs, inputs, strict=True)}
-        wanted = session.run(None, feeds)
+        with stopped(_LONGEST) as run_options:
+            wanted = session.run(None, feeds, run_options)
     except Exception:  # it raises many types
         return math.nan
     try:

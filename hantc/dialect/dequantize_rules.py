@@ -88,6 +88,7 @@ def _product(op: str, axis: int) -> Callable[[Work, NodeProto], None]:
             inputs.append(_bias(w, node, bias, scale))
         made = f"{node.output[0]}/{op}"
         w.add(op, inputs, made, **attrs)
+        w.ranks[node.output[0]] = last
         _leave(w, made, node, ys, yz, last)
 
     return rule
@@ -109,6 +110,11 @@ def _gemm(w: Work, node: NodeProto) -> None:
     w.leave(made, node.output[0], node.input[7], _name(node, 8))
 
 
+def _rank(w: Work, node: NodeProto, attrs: Mapping[str, Any]) -> int:
+    """Of a value whose channels lie last; that of an image where nothing tells."""
+    return len(attrs["kernel_shape"]) + 2 if "kernel_shape" in attrs else w.ranks.get(node.input[0], 0) or 4
+
+
 def _pointwise(op: str, operands: int) -> Callable[[Work, NodeProto], None]:
     """Operators of so many quantised operands (tensor, scale, zero point each), then the result's scale and zero."""
 
@@ -116,7 +122,8 @@ def _pointwise(op: str, operands: int) -> Callable[[Work, NodeProto], None]:
         inputs = [w.floats(*_operand(node, 3 * i)) for i in range(operands)]
         attrs = _attrs(node)
         attrs.pop("opset", None)
-        last = len(attrs.get("kernel_shape", (1, 1))) + 2 if attrs.pop("channels_last", 0) else 0
+        last = _rank(w, node, attrs) if attrs.pop("channels_last", 0) else 0
+        w.ranks[node.output[0]] = last or w.ranks.get(node.input[0], 0)
         if last:
             inputs = [_first(w, i, last) for i in inputs]
         made = f"{node.output[0]}/{op}"
@@ -138,7 +145,8 @@ def _max_pool(w: Work, node: NodeProto) -> None:
     x, attrs = node.input[0], _attrs(node)
     if x not in w.floated or node.output[0] in w.kept:
         raise UnsupportedError(f"{node.op_type} {node.name!r} of integers")
-    rank, made = len(attrs["kernel_shape"]) + 2, f"{node.output[0]}/MaxPool"
+    rank, made = _rank(w, node, attrs), f"{node.output[0]}/MaxPool"
+    w.ranks[node.output[0]] = rank
     w.add("MaxPool", [_first(w, w.names.get(x, x), rank)], made, **attrs)
     w.floated.add(node.output[0])
     w.names[node.output[0]] = f"{made}/channels_last"
@@ -155,11 +163,29 @@ def _concat(w: Work, node: NodeProto) -> None:
 def _dynamic(w: Work, node: NodeProto) -> None:
     """The scale found at run time is one now: what multiplies by it later stays right."""
     value, (quantized, *facts) = node.input[0], node.output
+    if w.kept & set(node.output) or not all(_rescales(w, reader, name) for name in facts for reader in w.read(name)):
+        raise UnsupportedError(f"{node.op_type} {node.name!r} is read as a value")
     w.floated.add(quantized)
     w.names[quantized] = w.names.get(value, value)
     units: tuple[Array, Array] = np.ones((), np.float32), np.zeros((), np.uint8)
     for name, one in zip(facts, units, strict=False):
         w.constant(name, one)
+
+
+_TAKES_SCALES = frozenset({"DequantizeLinear", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"})
+
+
+def _rescales(w: Work, reader: NodeProto, name: str) -> bool:
+    """Whether a node reads a scale or zero point found at run time to scale sums of products with it, as it is or times
+    the weights' scale."""
+    if reader.op_type in _TAKES_SCALES:
+        return True
+    others = [i for i in reader.input if i != name]
+    if reader.op_type != "Mul" or len(others) != 1 or set(reader.output) & w.kept:
+        return False
+    if others[0] not in w.constants:
+        return any(others[0] in n.output and n.op_type == "Cast" for n in w.model.graph.node)
+    return all(_rescales(w, after, reader.output[0]) for after in w.read(reader.output[0]))
 
 
 def _integers(op: str) -> Callable[[Work, NodeProto], None]:

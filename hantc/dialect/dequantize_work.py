@@ -34,15 +34,24 @@ class Work:
     ranges: dict[str, tuple[float, int]] = field(default_factory=dict)
     producers: dict[str, str] = field(default_factory=dict)  # op types
     kept: set[str] = field(default_factory=set)  # names that may not vanish: graph outputs
+    ranks: dict[str, int] = field(default_factory=dict)  # of tensors with the channels last
+    readers: dict[str, list[NodeProto]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.constants = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
         self.kept = {o.name for o in self.model.graph.output}
+        for node in self.model.graph.node:
+            for name in {*node.input, *captured(node)}:
+                self.readers.setdefault(name, []).append(node)
 
     @property
     def opset(self) -> int:
         """The version of ONNX's own operators."""
         return max(int(o.version) for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+
+    def read(self, name: str) -> list[NodeProto]:
+        """The given model's nodes that read a tensor."""
+        return self.readers.get(name, [])
 
     def moves(self, node: NodeProto) -> bool:
         """Whether a node only moves values that were quantised."""
@@ -85,7 +94,7 @@ class Work:
         """The float value of a quantised tensor, by name."""
         if name in self.floated:
             return self.names.get(name, name)
-        made = f"{name}/{scale}/floats"
+        made = f"{name}/{scale}/{zero}/{axis}/floats"
         if name in self.constants:
             if made not in self.constants:
                 zeros = self.constants[zero] if zero else np.zeros((), np.int64)

@@ -76,9 +76,9 @@ def check_survives(model: ModelProto) -> None:
         except subprocess.TimeoutExpired as error:
             raise ModelError(
                 f"ONNX Runtime is still at it {_PROBE_S} s after it began to load and run it once",
-                hint="has it a Loop that does not end?",
+                hint="has it a Loop that does not end on every image?",
             ) from error
-    if done.returncode == probe.NO_MEMORY:
+    if done.returncode in (probe.NO_MEMORY, -signal.SIGKILL):  # which is what the system does where memory ends
         raise ModelError(
             f"it needs more than this machine's {total_memory() / (1 << 30):.0f} GiB of memory", hint="is this a model?"
         )

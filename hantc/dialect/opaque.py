@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -108,20 +108,20 @@ def _value_info(name: str, value: Any, declared: bytes | None = None) -> onnx.Va
 
 
 @contextmanager
-def _in_time(node: NodeProto) -> Iterator[ort.RunOptions | None]:
-    """For a run of a node that holds others, which may be a Loop without end: options that stop it after `_LONGEST`
-    seconds."""
-    if not any(subgraphs(node)):
-        yield None
-        return
+def stopped(after: float) -> Iterator[ort.RunOptions]:
+    """Options that end a run of ONNX Runtime after so many seconds, with an error: a Loop may have no end."""
     options = ort.RunOptions()
-    timer = threading.Timer(_LONGEST, setattr, (options, "terminate", True))
+    timer = threading.Timer(after, setattr, (options, "terminate", True))
     timer.daemon = True
     timer.start()
     try:
         yield options
     finally:
         timer.cancel()
+
+
+def _in_time(node: NodeProto) -> AbstractContextManager[ort.RunOptions | None]:
+    return stopped(_LONGEST) if any(subgraphs(node)) else nullcontext()
 
 
 class Opaque(Leaf):

@@ -21,14 +21,16 @@ _TYPES = {
 }
 
 
-def _zeros(value: Any) -> Any:
-    """An input of zeros, at batch 1. ValueError where its shape or type leaves open what to feed."""
+def _input(value: Any) -> Any:
+    """An input like an image, in [0, 1), or of ones, at batch 1. ValueError where its shape or type leaves open what to
+    feed."""
     import numpy as np
 
     shape = [1 if k == 0 and not isinstance(d, int) else d for k, d in enumerate(value.shape)]
     if value.type not in _TYPES or not all(isinstance(d, int) for d in shape):
         raise ValueError(value.name)
-    return np.zeros(shape, _TYPES[value.type])
+    kind = np.dtype(_TYPES[value.type])
+    return (np.random.default_rng(0).random(shape) if kind.kind == "f" else np.ones(shape)).astype(kind)
 
 
 def main(path: str, limit: int) -> int:
@@ -45,7 +47,7 @@ def main(path: str, limit: int) -> int:
     options.log_severity_level = 4
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        session.run(None, {i.name: _zeros(i) for i in session.get_inputs()})
+        session.run(None, {i.name: _input(i) for i in session.get_inputs()})
     except MemoryError:
         return NO_MEMORY
     except Exception as error:  # onnxruntime raises many types

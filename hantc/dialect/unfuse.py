@@ -7,21 +7,27 @@ transformers. Other engines do not know them, and no gradient passes them. What 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from onnx import AttributeProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from hantc.dialect.infer import infer, light
 from hantc.dialect.leaf import attributes
+from hantc.dialect.opaque import inner_names
 
 _DOMAIN = "com.microsoft"
+_FLOATS: Mapping[int, Any] = MappingProxyType(
+    {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
+)
+_BROADCASTS = 7  # the first opset whose Mul and Add do without being told
+_ERF = 9
 _CLIP_OF_INPUTS = 11  # the first opset whose Clip takes its ends as inputs
-_EINSUM = 12  # the first that has it
 _LAYER_NORM = 17
 # of FusedConv's and FusedGemm's activations: the attributes that their parameters become, in order
 _PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -29,13 +35,28 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Of a graph: its tensors' ranks and element types where they are known, and every name in it."""
+
+    opset: int
+    ranks: Mapping[str, int]
+    types: Mapping[str, int]
+    names: set[str]
+
+    def fresh(self, stem: str) -> str:
+        """A name that nothing has yet."""
+        name = next(n for i in itertools.count() if (n := f"{stem}_{i}") not in self.names)
+        self.names.add(name)
+        return name
+
+
 @dataclass
 class _Parts:
     """What one fused node becomes."""
 
     node: NodeProto
-    ranks: Mapping[str, int]
-    opset: int
+    graph: _Known
     made: list[NodeProto] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
 
@@ -46,15 +67,27 @@ class _Parts:
     def input(self, i: int) -> str:
         return self.node.input[i] if i < len(self.node.input) else ""
 
+    @property
+    def opset(self) -> int:
+        return self.graph.opset
+
+    def rank(self, i: int) -> int:
+        """Of an input; 0 where it is not known."""
+        return self.graph.ranks.get(self.input(i), 0)
+
     def add(self, op: str, *inputs: str, **attrs: Any) -> str:
         """A node of one output, by whose name it returns."""
-        name = f"{self.node.output[0]}/{op}_{len(self.made)}"
+        name = self.graph.fresh(f"{self.node.output[0]}/{op}")
         self.made.append(helper.make_node(op, list(inputs), [name], name=name, **attrs))
         return name
 
     def number(self, value: float) -> str:
-        name = f"{self.node.output[0]}/{value:g}"
-        self.constants[name] = np.array(value, np.float32)
+        """A constant of the type that the node computes in. ValueError where that is not known."""
+        kinds = {self.graph.types[i] for i in self.node.input if i in self.graph.types} & _FLOATS.keys()
+        if len(kinds) != 1:
+            raise ValueError("its type is not known")
+        name = self.graph.fresh(f"{self.node.output[0]}/number")
+        self.constants[name] = np.array(value, _FLOATS[kinds.pop()])
         return name
 
     def end(self) -> bool:
@@ -98,17 +131,13 @@ def _gemm(p: _Parts) -> bool:
 
 def _matmul(p: _Parts) -> bool:
     turned = [bool(p.attrs.get(name, 0)) for name in ("transA", "transB")]
-    ranks = [p.ranks.get(p.input(i), 0) for i in (0, 1)]
     if p.attrs.get("transBatchA", 0) or p.attrs.get("transBatchB", 0):
         return False
-    if all(rank > 1 for rank, turn in zip(ranks, turned, strict=True) if turn):
-        operands = [_turned(p, i, ranks[i]) if turned[i] else p.input(i) for i in (0, 1)]
-        value = p.add("MatMul", *operands)
-    elif p.opset >= _EINSUM:
-        equation = f"...{'ji' if turned[0] else 'ij'},...{'kj' if turned[1] else 'jk'}->...ik"
-        value = p.add("Einsum", p.input(0), p.input(1), equation=equation)
-    else:
+    if any(turn and not p.rank(i) for i, turn in enumerate(turned)):
         return False
+    # vectors are left as they are, whatever the attribute says
+    operands = [_turned(p, i, p.rank(i)) if turn and p.rank(i) > 1 else p.input(i) for i, turn in enumerate(turned)]
+    value = p.add("MatMul", *operands)
     alpha = float(p.attrs.get("alpha", 1.0))
     if alpha != 1.0:
         p.add("Mul", value, p.number(alpha))
@@ -121,6 +150,8 @@ def _turned(p: _Parts, i: int, rank: int) -> str:
 
 def _sigmoid_gelu(p: _Parts) -> bool:
     """QuickGelu: x · sigmoid(αx); with α = 1 SiLU."""
+    if p.opset < _BROADCASTS:
+        return False
     x, alpha = p.input(0), float(p.attrs.get("alpha", 1.702))
     gate = p.add("Sigmoid", x if alpha == 1.0 else p.add("Mul", x, p.number(alpha)))
     p.add("Mul", x, gate)
@@ -129,6 +160,8 @@ def _sigmoid_gelu(p: _Parts) -> bool:
 
 def _gelu(p: _Parts) -> bool:
     """Gelu, and BiasGelu, by the error function."""
+    if p.opset < _ERF:
+        return False
     x = p.add("Add", p.input(0), p.input(1)) if p.input(1) else p.input(0)
     erf = p.add("Erf", p.add("Div", x, p.number(math.sqrt(2.0))))
     p.add("Mul", p.add("Mul", x, p.add("Add", erf, p.number(1.0))), p.number(0.5))
@@ -137,6 +170,8 @@ def _gelu(p: _Parts) -> bool:
 
 def _fast_gelu(p: _Parts) -> bool:
     """x/2 · (1 + tanh(x · (0.7979 + 0.0357 x²)))."""
+    if p.opset < _BROADCASTS:
+        return False
     x = p.add("Add", p.input(0), p.input(1)) if p.input(1) else p.input(0)
     inner = p.add("Add", p.add("Mul", p.add("Mul", x, x), p.number(0.035677408136300125)), p.number(0.7978845608028654))
     tanh = p.add("Tanh", p.add("Mul", x, inner))
@@ -174,10 +209,43 @@ def _fused(model: ModelProto) -> bool:
     return any(n.domain == _DOMAIN and n.op_type in _RULES for n in model.graph.node)
 
 
-def _ranks(model: ModelProto) -> Mapping[str, int]:
-    known = {i.name: len(i.dims) for i in model.graph.initializer}
-    values = (*model.graph.input, *model.graph.value_info, *infer(light(model)))
-    return known | {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.tensor_type.HasField("shape")}
+def _known(model: ModelProto) -> _Known:
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    ranks = {i.name: len(i.dims) for i in model.graph.initializer}
+    types = {i.name: int(i.data_type) for i in model.graph.initializer}
+    for v in (*model.graph.input, *model.graph.value_info, *_values(model)):
+        kind = v.type.tensor_type
+        if kind.elem_type:
+            types.setdefault(v.name, int(kind.elem_type))
+        if kind.HasField("shape"):
+            ranks.setdefault(v.name, len(kind.shape.dim))
+    names = {n for node in model.graph.node for n in (*node.input, *node.output, *inner_names(node))} | ranks.keys()
+    return _Known(opset, ranks, types, names | {v.name for v in (*model.graph.input, *model.graph.output)})
+
+
+def _values(model: ModelProto) -> Sequence[ValueInfoProto]:
+    """The inner tensors as inference has them. That of a Reshape has as many dims as its shape has numbers, even where
+    those are computed."""
+    small = light(model)
+    told: set[str] = set()
+    while True:
+        values = infer(small)
+        found = {v.name: v.type.tensor_type for v in values}
+        more = []
+        for node in small.graph.node:
+            kind, size = (found.get(n) for n in (node.output[0], node.input[1])) if _reshapes(node) else (None, None)
+            if kind is None or size is None or kind.HasField("shape") or node.output[0] in told:
+                continue
+            if len(size.shape.dim) == 1 and (n := size.shape.dim[0].dim_value):
+                more.append(helper.make_tensor_value_info(node.output[0], kind.elem_type, [None] * n))
+        if not more:
+            return values
+        told |= {v.name for v in more}
+        small.graph.value_info.extend(more)
+
+
+def _reshapes(node: NodeProto) -> bool:
+    return node.op_type == "Reshape" and len(node.input) > 1 and len(node.output) == 1
 
 
 def unfused(model: ModelProto) -> ModelProto:
@@ -194,21 +262,24 @@ def unfused(model: ModelProto) -> ModelProto:
 def _once(model: ModelProto) -> ModelProto:
     made = ModelProto()
     made.CopyFrom(model)
-    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
-    ranks = _ranks(model)
+    known = _known(model)
     constants: dict[str, Any] = {}
     del made.graph.node[:]
     for node in model.graph.node:
-        made.graph.node.extend(_apart(node, ranks, opset, constants))
+        made.graph.node.extend(_apart(node, known, constants))
     made.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
     return made
 
 
-def _apart(node: NodeProto, ranks: Mapping[str, int], opset: int, constants: dict[str, Any]) -> Iterator[NodeProto]:
+def _apart(node: NodeProto, known: _Known, constants: dict[str, Any]) -> Iterator[NodeProto]:
     rule = _RULES.get(node.op_type) if node.domain == _DOMAIN else None
-    parts = _Parts(node, ranks, opset)
+    parts = _Parts(node, known)
     symbolic = any(a.type == AttributeProto.UNDEFINED or a.ref_attr_name for a in node.attribute)
-    if rule is None or symbolic or not node.output or not rule(parts):
+    try:
+        done = rule is not None and not symbolic and len(node.output) > 0 and rule(parts)
+    except (KeyError, IndexError, ValueError, TypeError):  # attributes that are none; ONNX Runtime will tell
+        done = False
+    if not done:
         yield node
         return
     constants.update(parts.constants)

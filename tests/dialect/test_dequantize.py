@@ -189,6 +189,35 @@ def test_contributed_operators(nodes: list[onnx.NodeProto], ops: set[str]) -> No
     assert error(run(given, x), run(made.model, x)) < 0.03
 
 
+def test_one_tensor_dequantised_in_two_ways() -> None:
+    weight = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    scales = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "k", "m"], ["a"], axis=0),
+        helper.make_node("DequantizeLinear", ["w", "k", "m"], ["b"], axis=1),
+        helper.make_node("DequantizeLinear", ["w", "k", "m2"], ["c"], axis=1),
+        helper.make_node("MatMul", ["x", "a"], ["xa"]),
+        helper.make_node("MatMul", ["xa", "b"], ["xb"]),
+        helper.make_node("MatMul", ["xb", "c"], ["y"]),
+    ]
+    zeros = {"m": np.full(4, 3, np.uint8), "m2": np.full(4, 9, np.uint8)}
+    given = contrib(nodes, (2, 4), {"w": weight, "k": scales, **zeros})
+    made, x = dequantized(given), RNG.standard_normal((2, 4)).astype(np.float32)
+    assert made.reason == "" and error(run(given, x), run(made.model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["value", "output", "codes"])
+def test_scales_that_are_read_as_values(way: str) -> None:
+    nodes = [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s1", "z1"])]
+    nodes += {
+        "value": [helper.make_node("Mul", ["x", "s1"], ["y"])],
+        "output": [helper.make_node("Identity", ["s1"], ["y"])],
+        "codes": [helper.make_node("Cast", ["q"], ["y"], to=TensorProto.FLOAT)],
+    }[way]
+    made = dequantized(contrib(nodes, (2, 4), {}))
+    assert "value" in made.reason
+
+
 def test_pooling_with_the_channels_last() -> None:
     x, shape = images(2, 1), (2, *SHAPE)
     nodes = [

@@ -105,6 +105,18 @@ def test_a_model_that_never_ends_is_an_error(models: Models, monkeypatch: pytest
         guard.check_survives(model)
 
 
+def test_a_loop_that_ends_on_images_passes(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it would not on zeros."""
+    monkeypatch.setattr(guard, "_PROBE_S", 30)
+    less = [node("ReduceMax", ["v"], ["top"], keepdims=0), node("Less", ["top", "most"], ["c2"])]
+    types = {"i": (TensorProto.INT64, []), "c": (TensorProto.BOOL, []), "v": (TensorProto.FLOAT, None)}
+    ends = {k: helper.make_tensor_value_info(k, t, d) for k, (t, d) in types.items()}
+    outs = [helper.make_tensor_value_info(f"{k}2", *types[k]) for k in ("c", "v")]
+    body = helper.make_graph([*less, node("Add", ["v", "v"], ["v2"])], "body", list(ends.values()), outs)
+    turning = node("Loop", ["", "t", "x"], ["y"], body=body)
+    guard.check_survives(small(models, turning, constants={"t": np.array(True), "most": np.array(50, np.float32)}))
+
+
 def test_more_memory_than_there_is_is_an_error(models: Models) -> None:
     """The size is computed, so that inference has nothing to say about it."""
     nodes = [

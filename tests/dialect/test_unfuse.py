@@ -96,16 +96,73 @@ def test_fused_matmul(models: Models, attrs: dict[str, Any], ops: list[str]) -> 
     check(models, model, ops)
 
 
-def test_fused_matmul_of_unknown_rank(models: Models) -> None:
+def test_fused_matmul_of_unknown_rank_stays(models: Models) -> None:
     """Where the rank hangs on an input's values, and one operand must be turned."""
     made = helper.make_tensor_value_info("shape", TensorProto.INT64, ["R"])
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["r"]), node("FusedMatMul", ["r", "w"], ["y"], transA=1)]
     model = models.make(nodes, {"x": (4, 6)}, ["y"], {"w": models.weight(4, 5)}, domains=MS)
     model.graph.input.append(made)
+    assert unfused(model) is model
+
+
+def test_fused_matmul_behind_a_computed_reshape(models: Models) -> None:
+    """A shape of three numbers makes three dims, whatever they are; so does what follows."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Gather", ["s", "zero"], ["n"]),
+        helper.make_node("Concat", ["n", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["r"]),
+        helper.make_node("Relu", ["r"], ["a"]),
+        node("FusedMatMul", ["a", "w"], ["y"], transA=1),
+    ]
+    constants = {"zero": np.array([0]), "rest": np.array([6, 4]), "w": models.weight(6, 5)}
+    model = models.make(nodes, {"x": ("N", 24)}, ["y"], constants, opset=9, domains=MS)
     plain = unfused(model)
-    assert [n.op_type for n in plain.graph.node] == ["Reshape", "Einsum"]
-    feeds = {"x": models.weight(4, 6), "shape": np.array([1, 4, 6])}
+    assert [n.op_type for n in plain.graph.node][-2:] == ["Transpose", "MatMul"]
+    feeds = models.feeds(model)
     np.testing.assert_allclose(run_ort(plain, feeds)[0], run_ort(model, feeds)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_are_not_turned(models: Models) -> None:
+    model = models.make(
+        [node("FusedMatMul", ["x", "w"], ["y"], transA=1)], {"x": (4,)}, ["y"], {"w": models.weight(4, 5)}, domains=MS
+    )
+    assert [n.op_type for n in unfused(model).graph.node] == ["MatMul"]
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+@pytest.mark.parametrize(("op", "attrs"), [("QuickGelu", {}), ("FastGelu", {}), ("Gelu", {})])
+def test_constants_are_of_the_models_type(models: Models, op: str, attrs: dict[str, Any], kind: int) -> None:
+    model = models.make([node(op, ["x"], ["y"], **attrs)], {"x": TOKENS}, ["y"], dtype=kind, domains=MS)
+    plain = unfused(model)
+    assert {i.data_type for i in plain.graph.initializer} == {kind}
+    onnx.shape_inference.infer_shapes(plain, strict_mode=True)
+    if op == "Gelu" and kind == TensorProto.DOUBLE:
+        return  # ONNX Runtime has neither that nor Erf
+    assert run_ort(plain, models.feeds(model))[0].dtype == helper.tensor_dtype_to_np_dtype(kind)
+
+
+def test_names_that_are_taken(models: Models) -> None:
+    nodes = [node("Gelu", ["x"], ["y"]), helper.make_node("Mul", ["y", "y/number_0"], ["y/Div_0"])]
+    model = models.make(nodes, {"x": TOKENS}, ["y/Div_0"], {"y/number_0": np.float32(3)}, domains=MS)
+    plain, feeds = unfused(model), models.feeds(model)
+    np.testing.assert_allclose(run_ort(plain, feeds)[0], run_ort(model, feeds)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "broken", [node("QuickGelu", ["x"], ["y"], alpha="abc"), node("FusedConv", ["x", "w"], ["y"], activation_params=3)]
+)
+def test_attributes_that_are_none_stay(models: Models, broken: NodeProto) -> None:
+    if broken.op_type == "FusedConv":
+        broken.attribute.append(helper.make_attribute("activation", "Clip"))
+    model = models.make([broken], {"x": IMAGE}, ["y"], {"w": models.weight(4, 4, 1, 1)}, domains=MS)
+    assert unfused(model) is model
+
+
+@pytest.mark.parametrize(("op", "opset"), [("Gelu", 8), ("QuickGelu", 6)])
+def test_what_an_opset_cannot_say_stays(models: Models, op: str, opset: int) -> None:
+    model = models.make([node(op, ["x"], ["y"])], {"x": TOKENS}, ["y"], domains=MS, opset=opset)
+    assert unfused(model) is model
 
 
 def test_transposed_batches_stay(models: Models) -> None:

@@ -19,6 +19,7 @@ from hantc.dialect.shape import Concat, Pad, Slice, Transpose
 _POINTWISE = (Unary, Silu, HardSwish, HardSigmoid, LeakyRelu, Clip, Binary)
 _ALONG = (Concat, Pad, Reduce, Softmax, Slice)  # which know axes
 _MOVABLE = (*_POINTWISE, *_ALONG)
+_SOFTMAX = 13  # the first opset whose Softmax is over one dim
 Perm = tuple[int, ...]
 
 
@@ -97,6 +98,8 @@ def _why_not(gm: fx.GraphModule, node: fx.Node, leaf: nn.Module, perm: Perm) -> 
         return "its module is used elsewhere too"
     if not (_same_rank(leaf) or _ends_it(leaf, perm)):
         return "what it leaves would have to be transposed otherwise"
+    if isinstance(leaf, Softmax) and gm.meta["info"].opset < _SOFTMAX and perm[leaf.axis] != len(perm) - 1:
+        return "before opset 13 there is no softmax over an inner dim alone"
     if isinstance(leaf, Pad) and leaf.mode != "constant":
         return f"it pads with {leaf.mode}, which is for the last dims alone"
     for operand in node.all_input_nodes:

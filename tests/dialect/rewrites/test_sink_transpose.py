@@ -120,6 +120,18 @@ def test_a_reduction_that_leaves_another_order_does_not(rewriting: Rewriting) ->
     assert r.applied == [] and r.missed == []
 
 
+def test_an_old_softmax_over_the_channels_stays(rewriting: Rewriting) -> None:
+    """Before opset 13 it is over all dims from its axis on."""
+    nodes = [
+        node("Transpose", "x", "l", perm=LAST),
+        node("Softmax", "l", "m", axis=3),
+        node("Transpose", "m", "y", perm=FIRST),
+    ]
+    made, _, missed = normalize(rewriting.graph(nodes, {}, opset=12))
+    assert [n.op_type for n in emit(made).model.graph.node] == ["Transpose", "Softmax", "Transpose"]
+    assert any("opset 13" in m.reason for m in missed)
+
+
 @pytest.mark.parametrize("axis", [3, -1, 1])
 def test_moves_past_concatenations(rewriting: Rewriting, axis: int) -> None:
     nodes = [
