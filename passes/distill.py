@@ -116,7 +116,8 @@ class Distill:
         todo: list[Keyed] = []
         skipped: list[Skipped] = []
         for p, key in kept:
-            stored = ctx.store.get_tensors("weights", key) if _as_long(ctx, ctx.store.get_meta("weights", key)) else None
+            serves = _as_long(ctx, ctx.store.get_meta("weights", key))
+            stored = ctx.store.get_tensors("weights", key) if serves else None
             verdict = ctx.store.get_json("verdict", key) if stored is None else None
             verdict = verdict if verdict is not None and _as_long(ctx, verdict) else {}
             rival = (p.region, verdict.get("rival", ""))
