@@ -32,7 +32,7 @@ from hantc.dialect.shape import Flatten
 Array = np.ndarray[Any, Any]
 SIDE, WIDTH, CLASSES, TRAIN, VAL = 16, 32, 4, 240, 80
 torch.set_num_threads(1)  # the networks are tiny; hantc takes no more than whoever embeds it
-QUICK = ("--effort", "quick", "--time-limit", "12s", "--threads", "1")
+QUICK = ("--effort", "quick", "--time-limit", "24s", "--threads", "1")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_NARROW = 0.02  # half of a figure's confidence interval, relative to it
+_NARROW = 0.03  # half of a figure's confidence interval, relative to it
 _MAX_FACTOR = 3
 _QUIET = 1.10
 _QUIET_LEVEL = 5  # percentile

@@ -109,7 +109,11 @@ def test_a_loop_that_ends_on_images_passes(models: Models, monkeypatch: pytest.M
     """Which it would not on zeros."""
     monkeypatch.setattr(guard, "_PROBE_S", 30)
     less = [node("ReduceMax", ["v"], ["top"], keepdims=0), node("Less", ["top", "most"], ["c2"])]
-    types = {"i": (TensorProto.INT64, []), "c": (TensorProto.BOOL, []), "v": (TensorProto.FLOAT, None)}
+    types: dict[str, tuple[int, Any]] = {
+        "i": (TensorProto.INT64, []),
+        "c": (TensorProto.BOOL, []),
+        "v": (TensorProto.FLOAT, None),
+    }
     ends = {k: helper.make_tensor_value_info(k, t, d) for k, (t, d) in types.items()}
     outs = [helper.make_tensor_value_info(f"{k}2", *types[k]) for k in ("c", "v")]
     body = helper.make_graph([*less, node("Add", ["v", "v"], ["v2"])], "body", list(ends.values()), outs)
