@@ -103,11 +103,11 @@ class Score:
                 rows[region.name, candidate, precision] = _perfect(region.name, candidate, ctx)
                 continue
             key = self._key(state, ctx, region, proposal, precision)
+            if cheaper and ctx.store.get_json("verdict", key) is not None:
+                continue  # first: another run, for which it was the cheaper one, may have scored it
             stored = ctx.store.get_json("score", key)
             if stored is not None:
                 rows[region.name, candidate, precision] = ScoreRow(**{**stored, "region": region.name})
-                continue
-            if cheaper and ctx.store.get_json("verdict", key) is not None:
                 continue
             if proposal is None:
                 module = teacher_part(state.network, region)
