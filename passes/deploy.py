@@ -55,9 +55,12 @@ class Deploy:
         if rounded := products.get("int8", 0):
             rest = types if wide else "the rest in FP16"
             types = f"{rounded} of {sum(products.values())} convolutions and matrix products in INT8, {rest}"
+        tried = "and not run: no such GPU was used"
+        if "run_on" in facts:
+            tried = f"and run on {facts['run_on']}: within {facts['relative_error']:.2g} of ONNX Runtime"
         ctx.note(
             f"{made.file} was built for {facts['compute_capability']} by {facts['built_by']} in "
-            f"{facts['seconds']:.1f} s ({types}), and not run: no such GPU was used"
+            f"{facts['seconds']:.1f} s ({types}), {tried}"
         )
         for message in facts.get("messages", ()):
             ctx.note(f"the engine's builder says: {message}")

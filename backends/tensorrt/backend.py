@@ -2,26 +2,32 @@
 
 An extra: `pip install hantc[tensorrt]`.
 
-Engines are built ahead of time by NVIDIA's `tensorrt_rtx`. Running and timing one needs its GPU and is not built
-yet: latencies are the roofline model's, with the GPU's ceilings, and numbers are ONNX Runtime's on the CPU.
+Where no such GPU is here, engines are built ahead of time by NVIDIA's `tensorrt_rtx`, latencies are the roofline
+model's, with the GPU's ceilings, and numbers are ONNX Runtime's on the CPU. Where one is, both are its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx
 
 from hantc.backends import predicted
+from hantc.backends.feeds import random_feeds, timing_feeds
 from hantc.backends.prediction import Machine
-from hantc.backends.tensorrt import engine
+from hantc.backends.tensorrt import engine, gpu, sdk
+from hantc.backends.tensorrt.session import Session
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities, Deployed, Feeds
-from hantc.core.errors import HantcError
+from hantc.core.errors import HantcError, ModelError
+from hantc.core.timing import measure_artefacts
 from hantc.core.types import Device, Protocol, Timing
 
 ENGINE = "model.engine"
+_USUAL = "SM89"
 L4 = Machine(  # as backends/machines/l4.toml has it: what there is without a target
     name="NVIDIA L4",
     peak_fp32=1.515e13,
@@ -34,71 +40,131 @@ L4 = Machine(  # as backends/machines/l4.toml has it: what there is without a ta
 )
 
 
+@dataclass(frozen=True)
+class _Handle:
+    """An engine on the GPU that is here."""
+
+    session: Session
+    outputs: tuple[str, ...]  # in the graph's order
+    threads: int
+    no_feeds: str  # why there are no timing feeds, or ""
+
+
 class TensorRTBackend:
-    """Builds engines for one kind of GPU, `capability`, whose ceilings are `machine`."""
+    """Builds engines for one kind of GPU, `capability`, whose ceilings are `machine`; runs and times them where such a
+    GPU is here. Without a `capability`: for the GPU that is here, else for an L4."""
 
     name = "tensorrt"
 
-    def __init__(self, capability: str = "SM89", machine: Machine = L4) -> None:
+    def __init__(self, capability: str | None = None, machine: Machine = L4) -> None:
+        if capability is None:
+            capability = here.capability if (here := gpu.find()) is not None else _USUAL
         self.capability, self.machine = capability, machine
 
+    @cached_property
+    def _found(self) -> gpu.Found | None:
+        return gpu.find(self.capability)
+
+    @cached_property
+    def _choice(self) -> tuple[sdk.Sdk | None, str]:
+        return sdk.choose(self.capability, here=self._found is not None)
+
+    @property
+    def _sdk(self) -> sdk.Sdk:
+        chosen, reason = self._choice
+        if chosen is None:
+            raise HantcError(reason)
+        return chosen
+
+    @cached_property
+    def _opened(self) -> tuple[gpu.Gpu | None, str]:
+        """The GPU if one is here and an engine has shown that it runs there; else None, and what went wrong."""
+        if self._found is None:
+            return None, ""
+        try:
+            opened = gpu.Gpu(self._found)
+            _prove(self._sdk, opened)
+        except Exception as e:  # what a driver and a library of other versions say to each other
+            return None, f"{self._found.name} is here but not used: {getattr(e, 'message', None) or e}"
+        return opened, ""
+
     def capabilities(self) -> Capabilities:
-        """FP16 and INT8, if engines for the GPU can be built here; never measures."""
-        version, known = engine.version(), engine.known_capabilities()
-        versions = ((engine.PACKAGE, version or ""),)
+        """FP16 and INT8, if engines for the GPU can be built here; measures if it is here."""
+        chosen, reason = self._choice
+        versions: tuple[tuple[str, str], ...] = (
+            ((chosen.package, chosen.version),) if chosen is not None else ((sdk.RTX, ""),)
+        )
         flags = (self.capability, *predicted.ceilings(self.machine))
         device = Device(f"{self.machine.name} ({self.capability})", flags, cores=1, versions=versions)
-        reason = ""
-        if version is None:
-            reason = f"the package {engine.PACKAGE} is not installed (pip install {engine.PACKAGE})"
-        elif self.capability not in known:
-            reason = (
-                f"{engine.PACKAGE} {version} builds for {', '.join(known)}, not for {self.capability}; that takes "
-                "NVIDIA's full tensorrt on such a machine, which hantc does not drive yet"
-            )
-        if reason:
+        if chosen is None:
             return Capabilities(False, reason, (), device, measures=False)
+        builds = f"{chosen.package} {chosen.version} builds engines for"
+        precisions = ("fp16", "int8")
+        here, trouble = self._opened
+        if here is not None:
+            found = here.found
+            versions = (*versions, ("CUDA driver", found.driver))
+            device = Device(f"{found.name} ({self.capability})", (self.capability,), found.processors, versions)
+            told = f"{builds} {found.name} ({self.capability}), which is here"
+            return Capabilities(True, told, precisions, device, measures=True, symmetric=True)
+        note = (
+            f"no {self.machine.name} was used: latencies are predicted by a roofline model of it, and outputs "
+            "are ONNX Runtime's, which computes FP16 in FP32 on most CPUs"
+        )
         return Capabilities(
             available=True,
-            reason=f"{engine.PACKAGE} {version} builds engines for {self.machine.name} ({self.capability})",
-            precisions=("fp16", "int8"),
+            reason=f"{builds} {self.machine.name} ({self.capability})",
+            precisions=precisions,
             device=device,
             measures=False,
             symmetric=True,
-            notes=(
-                f"no {self.machine.name} was used: latencies are predicted by a roofline model of it, and outputs "
-                "are ONNX Runtime's, which computes FP16 in FP32 on most CPUs",
-            ),
+            notes=(note, trouble) if trouble else (note,),
         )
 
     def supports(self, model: onnx.ModelProto) -> tuple[bool, str]:
         """Whether TensorRT parses the model, and every shape can be inferred."""
         try:
-            engine.parse(model)
+            engine.parse(self._sdk, model)
         except HantcError as e:
             return False, e.message
         return predicted.supports(model, self.machine)
 
     def build(self, model: onnx.ModelProto, spec: BuildSpec) -> Artefact:
-        """Check and predict; an engine is made by `deploy` alone. ModelError if TensorRT does not take the model."""
-        artefact = predicted.build(model, self.machine, spec)
-        engine.parse(model)
-        return artefact
+        """An engine on the GPU where it is here, for batches of up to `spec.batch`; else a check and a prediction.
+        ModelError if TensorRT does not take the model."""
+        here, _ = self._opened
+        if here is None:
+            artefact = predicted.build(model, self.machine, spec)
+            engine.parse(self._sdk, model)
+            return artefact
+        made = engine.build(self._sdk, model, self.capability, spec.batch)
+        feeds, problem = timing_feeds(model, spec.batch)
+        handle = _Handle(Session(self._sdk, here, made.data), _outputs(model), spec.threads, problem)
+        return Artefact(handle, feeds, size_bytes=len(made.data))
 
     def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
-        """The predictions, with no spread and no samples."""
-        return predicted.timings(artefacts)
+        """Interleaved latencies by the GPU's own events (`hantc.core.timing`); or the predictions, with no spread and
+        no samples."""
+        here, _ = self._opened
+        if here is None:
+            return predicted.timings(artefacts)
+        return measure_artefacts(artefacts, protocol, _bound_run, lambda e: f"TensorRT fails: {e}", here.clock())
 
     def run(self, artefact: Artefact, feeds: Feeds) -> list[np.ndarray[Any, Any]]:
-        """Run with ONNX Runtime, for the numbers. ModelError if it cannot."""
-        return predicted.run(artefact, feeds)
+        """Run on the GPU; or with ONNX Runtime, for the numbers. ModelError if it cannot."""
+        if self._opened[0] is None:
+            return predicted.run(artefact, feeds)
+        handle: _Handle = artefact.handle
+        found = handle.session.run(feeds)
+        return [found[name] for name in handle.outputs]
 
     def deploy(self, model: onnx.ModelProto, spec: BuildSpec) -> Deployed:
-        """The engine for batches of up to `spec.batch`, with its layers' types and the builder's messages."""
-        made = engine.build(model, self.capability, spec.batch)
+        """The engine for batches of up to `spec.batch`, with its layers' types and the builder's messages; where its
+        GPU is here, what it is made of and how far its outputs are from ONNX Runtime's in FP32."""
+        made = engine.build(self._sdk, model, self.capability, spec.batch)
         facts = {
             "compute_capability": self.capability,
-            "built_by": f"{engine.PACKAGE} {engine.version()}",
+            "built_by": f"{self._sdk.package} {self._sdk.version}",
             "size_bytes": len(made.data),
             "seconds": round(made.seconds, 2),
             "layers": dict(made.layers),
@@ -106,4 +172,39 @@ class TensorRTBackend:
             "float32_layers": list(made.float32),
             "messages": list(made.messages),
         }
+        if (here := self._opened[0]) is not None:
+            facts |= self._checked(model, made.data, spec, here)
         return Deployed(made.data, ENGINE, facts)
+
+    def _checked(self, model: onnx.ModelProto, data: bytes, spec: BuildSpec, here: gpu.Gpu) -> Mapping[str, Any]:
+        """What the engine's own GPU says of it."""
+        session, feeds = Session(self._sdk, here, data), random_feeds(model, spec.batch)
+        found = session.run(feeds)
+        want = predicted.run(predicted.build(model, self.machine, spec), feeds)
+        pairs = zip((found[n] for n in _outputs(model)), want, strict=True)
+        away = [float(np.abs(g.astype(float) - w).max() / max(np.abs(w).max(), 1e-12)) for g, w in pairs]
+        return {"run_on": here.found.name, "kernels": dict(session.kernels()), "relative_error": max(away, default=0.0)}
+
+
+def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:
+    return tuple(o.name for o in model.graph.output)
+
+
+def _bound_run(artefact: Artefact) -> Callable[[], object]:
+    handle: _Handle = artefact.handle
+    if handle.no_feeds:
+        raise ModelError(f"the model cannot be timed: {handle.no_feeds}")
+    return handle.session.bound(artefact.feeds)
+
+
+def _prove(used: sdk.Sdk, here: gpu.Gpu) -> None:
+    """A small engine built, loaded and run. HantcError if it cannot be, or computes something else."""
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 4])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 4])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "proof", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    made = engine.build(used, model, here.found.capability, batch=2)
+    values = np.array([[-1, 0, 1, 2], [3, -4, 5, -6]], np.float32)
+    got = Session(used, here, made.data).run({"x": values})
+    if not np.array_equal(got["y"], np.maximum(values, 0)):
+        raise HantcError("a small engine computes something else on it")

@@ -1,8 +1,7 @@
 """TensorRT engines from ONNX files, ahead of time: the GPU is named, not used.
 
 Networks are strongly typed: every layer computes in the type that the file gives it, so that nothing falls back to
-FP32 silently, and what does is found before the build. NVIDIA's `tensorrt_rtx` (on PyPI) builds for a compute
-capability on a machine without a GPU; the full `tensorrt` cannot.
+FP32 silently, and what does is found before the build.
 """
 
 from __future__ import annotations
@@ -16,14 +15,9 @@ from typing import Any
 
 import onnx
 
+from hantc.backends.tensorrt.sdk import Sdk
 from hantc.core.errors import HantcError, ModelError
 
-try:
-    import tensorrt_rtx as trt
-except (ImportError, OSError, RuntimeError):  # a missing or broken library is an answer of capabilities()
-    trt = None
-
-PACKAGE = "tensorrt_rtx"
 _TYPES = MappingProxyType({"HALF": "fp16", "FLOAT": "fp32"})  # the others as TensorRT calls them
 _PRODUCTS = frozenset({"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"})
 _MOVING = frozenset({"CAST", "CONSTANT", "SHUFFLE", "IDENTITY"})  # compute nothing
@@ -53,23 +47,9 @@ class _Parsed:
     log: Any
 
 
-def version() -> str | None:
-    """Of the package; None if it is not installed."""
-    return None if trt is None else str(trt.__version__)
-
-
-def known_capabilities() -> tuple[str, ...]:
-    """Compute capabilities that engines can be built for here: "SM75", …"""
-    if trt is None:
-        return ()
-    return tuple(sorted((n for n in dir(trt.ComputeCapability) if n.startswith("SM")), key=lambda n: int(n[2:])))
-
-
-def parse(model: onnx.ModelProto) -> _Parsed:
+def parse(sdk: Sdk, model: onnx.ModelProto) -> _Parsed:
     """The model as a strongly typed network. ModelError with the parser's reason if TensorRT does not take it."""
-    if trt is None:
-        raise HantcError(f"the package {PACKAGE} is not installed", hint=f"pip install {PACKAGE}")
-    log = _make_log()
+    trt, log = sdk.module, make_log(sdk)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -81,18 +61,20 @@ def parse(model: onnx.ModelProto) -> _Parsed:
     return _Parsed(network, builder, parser, log)
 
 
-def build(model: onnx.ModelProto, capability: str, batch: int) -> Engine:
+def build(sdk: Sdk, model: onnx.ModelProto, capability: str, batch: int) -> Engine:
     """An engine for a GPU of `capability`, for batches of 1 to `batch` where the model's batch is free, tuned for
     `batch`. HantcError with the builder's messages if it cannot be built."""
     started = time.monotonic()
-    parsed = parse(model)
+    parsed = parse(sdk, model)
     network, builder = parsed.network, parsed.builder
     config = builder.create_builder_config()
+    config.profiling_verbosity = sdk.module.ProfilingVerbosity.DETAILED  # the inspector tells types by it
     if profile := _profile(network, builder, batch):
         config.add_optimization_profile(profile)
-    config.num_compute_capabilities = 1
-    if not config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0):
-        raise HantcError(f"{PACKAGE} does not build for {capability}")
+    if sdk.ahead:
+        config.num_compute_capabilities = 1
+        if not config.set_compute_capability(getattr(sdk.module.ComputeCapability, capability), 0):
+            raise HantcError(f"{sdk.package} does not build for {capability}")
     layers, products, float32 = _types(network)
     data = builder.build_serialized_network(network, config)
     messages = tuple(dict.fromkeys(parsed.log.messages))
@@ -136,13 +118,16 @@ def _types(network: Any) -> tuple[dict[str, int], dict[str, int], tuple[str, ...
             dequantised.add(layer.get_output(0).name)
         if layer.type.name in _PRODUCTS:
             products["int8" if layer.get_input(0).name in dequantised else name] += 1
-        if dtype == trt.float32 and layer.type.name not in _MOVING:
+        if dtype.name == "FLOAT" and layer.type.name not in _MOVING:
             float32.append(layer.name)
     return dict(count), dict(products), tuple(float32)
 
 
-def _make_log() -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]  # tensorrt is untyped
+def make_log(sdk: Sdk) -> Any:
+    """A logger that keeps `messages`, warnings and worse."""
+    trt = sdk.module
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # tensorrt is untyped
         """Keeps what the builder says instead of printing it."""
 
         def __init__(self) -> None:

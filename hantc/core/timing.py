@@ -78,10 +78,12 @@ def measure_artefacts(
     protocol: Protocol,
     bind: Callable[[Artefact], Callable[[], object]],
     told: Callable[[Exception], str],
+    clock: Clock = time.perf_counter_ns,
 ) -> list[Timing]:
     """`measure_interleaved` for a backend whose handles know their `threads`.
 
-    `bind` makes an artefact's timed call; `told` says what an exception of the engine means. HantcError if an artefact
+    `bind` makes an artefact's timed call; `told` says what an exception of the engine means; a `clock` of the device's
+    own waits for what the calls before it began. HantcError if an artefact
     was built for other threads than the protocol's, cannot be timed, or fails while it runs."""
     for a in artefacts:
         if a.handle.threads != protocol.threads:
@@ -89,7 +91,7 @@ def measure_artefacts(
                 f"an artefact built for {a.handle.threads} thread(s) cannot be timed at {protocol.threads}"
             )
     try:
-        return measure_interleaved([bind(a) for a in artefacts], protocol)
+        return measure_interleaved([bind(a) for a in artefacts], protocol, clock)
     except HantcError:
         raise
     except Exception as e:  # the engines' own exceptions share no base class

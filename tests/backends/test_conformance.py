@@ -12,10 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hantc.backends.registry import BUILTIN, get_backend
+from hantc.backends.tensorrt import gpu, sdk
 from hantc.core.backend_api import Backend, BuildSpec
 from hantc.core.errors import HantcError
 from hantc.core.types import Protocol, digest
 from hantc.dialect.floats import in_bf16
+from tests.backends.emulated_gpu import emulate
 
 QUICK = Protocol(threads=1, warmup=1, samples=3, min_sample_ms=0.2)
 RNG = np.random.default_rng(0)
@@ -55,9 +57,13 @@ def bad_models() -> dict[str, onnx.ModelProto]:
     return {"unknown": unknown, "dangling": dangling, "empty": onnx.ModelProto()}
 
 
-@pytest.fixture(params=sorted(BUILTIN))
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Every built-in backend that works on this machine."""
+@pytest.fixture(params=[*sorted(BUILTIN), "tensorrt on an emulated GPU"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Every built-in backend that works on this machine, and TensorRT's calls where no GPU answers."""
+    if request.param not in BUILTIN:
+        if sdk.load(sdk.RTX) is None or gpu.cuda is None:
+            pytest.skip("tensorrt_rtx or cuda-bindings is not installed")
+        return emulate(monkeypatch)[0]
     found = get_backend(request.param)
     if not found.capabilities().available:
         pytest.skip(found.capabilities().reason)

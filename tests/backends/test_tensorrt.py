@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import pytest
 
-from hantc.backends.tensorrt import engine
+from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
+from hantc.backends.tensorrt import engine, gpu, sdk, session
 from hantc.backends.tensorrt.backend import TensorRTBackend
 from hantc.core.backend_api import BuildSpec, Deployer
 from hantc.core.errors import HantcError, ModelError
+from hantc.core.types import Protocol
 from hantc.dialect.half import overflowing, to_fp16
 from hantc.dialect.qdq import QuantSpec, quantize_for_timing
-from tests.backends.test_conformance import bad_models, conv_net
+from tests.backends.emulated_gpu import emulate
+from tests.backends.test_conformance import QUICK, bad_models, conv_net
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import Result, Tiny
 
-needs_sdk = pytest.mark.skipif(engine.version() is None, reason="tensorrt_rtx is not installed")
+RTX = sdk.load(sdk.RTX)
+needs_sdk = pytest.mark.skipif(RTX is None, reason="tensorrt_rtx is not installed")
 SPEC = BuildSpec(threads=1, batch=16)
 SYMMETRIC = QuantSpec(reduce_range=False, symmetric=True)
+
+
+def _rtx() -> sdk.Sdk:
+    assert RTX is not None
+    return RTX
 
 
 @needs_sdk
@@ -53,7 +64,7 @@ def test_engines_compute_products_in_int8_where_the_file_does(capability: str) -
 @needs_sdk
 def test_the_form_for_cpus_is_refused() -> None:
     with pytest.raises(ModelError, match="TensorRT does not take"):
-        engine.parse(to_fp16(quantize_for_timing(conv_net(), QuantSpec(reduce_range=False))))
+        engine.parse(_rtx(), to_fp16(quantize_for_timing(conv_net(), QuantSpec(reduce_range=False))))
 
 
 @needs_sdk
@@ -86,17 +97,18 @@ def test_free_sizes_beside_the_batch_are_refused() -> None:
 @pytest.mark.parametrize("bad", sorted(bad_models()))
 def test_bad_models_are_refused_with_the_parsers_reason(bad: str) -> None:
     with pytest.raises(HantcError, match="TensorRT does not take"):
-        engine.parse(bad_models()[bad])
+        engine.parse(_rtx(), bad_models()[bad])
 
 
 @needs_sdk
 def test_unknown_to_the_package() -> None:
     caps = TensorRTBackend("SM90").capabilities()
     assert not caps.available and "SM89" in caps.reason and "not for SM90" in caps.reason
+    assert "full tensorrt" in caps.reason
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "trt", None)
+    monkeypatch.setattr(sdk, "load", lambda package: None)
     caps = TensorRTBackend().capabilities()
     assert not caps.available and "pip install" in caps.reason
     ok, reason = TensorRTBackend().supports(conv_net())
@@ -177,3 +189,93 @@ def test_an_engine_that_fails_does_not_take_the_student_with_it(
     assert "no engine could be built" in result.err
     assert result.json()["engine"] == {"file": None, "reason": "the builder ran out of memory"}
     assert (tmp_path / "run" / "model.onnx").is_file() and not (tmp_path / "run" / "model.engine").exists()
+
+
+needs_gpu_calls = pytest.mark.skipif(RTX is None or gpu.cuda is None, reason="tensorrt_rtx, cuda-bindings missing")
+
+
+@needs_gpu_calls
+def test_a_gpu_that_is_here_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own events: the emulated one's runs take what they are said to, to the nanosecond."""
+    backend, _ = emulate(monkeypatch)
+    caps = backend.capabilities()
+    assert caps.measures and caps.available and not caps.notes
+    assert caps.device.cpu == "Emulated (SM89)" and caps.device.cores == 58
+    assert ("CUDA driver", "13.1") in caps.device.versions
+    artefacts = [backend.build(to_fp16(conv_net(width=w)), SPEC) for w in (8, 64)]
+    timings = backend.measure(artefacts, Protocol(threads=1, batch=16, samples=3, min_sample_ms=0.2))
+    for artefact, timing in zip(artefacts, timings, strict=True):
+        wanted = artefact.handle.session._engine.ms
+        assert timing.median_ms == pytest.approx(wanted, rel=1e-4) and timing.samples >= 3
+
+
+@needs_gpu_calls
+def test_an_engine_for_the_gpu_here_is_run_and_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = emulate(monkeypatch)
+    made = backend.deploy(to_fp16(conv_net()), SPEC)
+    assert made.facts["run_on"] == "Emulated" and made.facts["relative_error"] < 2e-3
+    assert made.facts["kernels"] == {"layers": 2, "fused": ["conv1 + relu1"], "types": {"Half": 1}}
+
+
+@needs_gpu_calls
+def test_a_session_takes_what_the_engine_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, cuda = emulate(monkeypatch)
+    model = conv_net()
+    artefact, plain = backend.build(model, SPEC), OnnxRuntimeBackend().build(model, SPEC)
+    rng = np.random.default_rng(0)
+    for batch in (1, 16, 3):  # memory grows, and is used again
+        x = rng.standard_normal((batch, 3, 8, 8)).astype(np.float32)
+        (got,) = backend.run(artefact, {"x": x})
+        (want,) = OnnxRuntimeBackend().run(plain, {"x": x})
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ModelError, match="may not have the shape"):
+        backend.run(artefact, {"x": np.zeros((17, 3, 8, 8), np.float32)})
+    assert cuda.memory
+    del artefact
+    gc.collect()
+    assert not cuda.memory
+
+
+@needs_gpu_calls
+def test_a_gpu_that_fails_is_told_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, cuda = emulate(monkeypatch)
+    cuda.out_of_memory = True
+    caps = backend.capabilities()
+    assert caps.available and not caps.measures
+    assert any("Emulated is here but not used: CUDA: out of memory" in note for note in caps.notes)
+    artefact = backend.build(to_fp16(conv_net()), SPEC)
+    assert backend.measure([artefact], QUICK)[0].samples == 0
+
+
+@needs_gpu_calls
+def test_another_gpu_is_not_the_one_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch, capability=(8, 6))
+    caps = TensorRTBackend("SM89").capabilities()
+    assert caps.available and not caps.measures and len(caps.notes) == 1
+
+
+@needs_gpu_calls
+def test_the_full_package_builds_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = sdk.Sdk(sdk.FULL, SimpleNamespace(__version__="11.4"))
+    both = {sdk.FULL: full, sdk.RTX: RTX}
+    monkeypatch.setattr(sdk, "load", both.get)
+    assert sdk.choose("SM90", here=True) == (full, "")
+    assert sdk.choose("SM89", here=False) == (RTX, "")
+    assert sdk.choose("SM90", here=False)[0] is None and not full.capabilities
+
+
+def test_what_the_inspector_says_in_short() -> None:
+    names = session.summarise('{"Layers": ["conv1 + relu1", "fc"], "Bindings": ["x"]}')
+    assert names == {"layers": 2, "fused": ["conv1 + relu1"], "types": {}}
+    assert session.summarise("no JSON")["layers"] is None
+
+
+@pytest.mark.skipif(RTX is None or gpu.find("SM89") is None, reason="no GPU that the l4 target is for")
+def test_on_a_real_gpu() -> None:
+    backend = TensorRTBackend()
+    assert backend.capabilities().measures, backend.capabilities().notes
+    model = conv_net(width=256)
+    made = backend.deploy(to_fp16(model), SPEC)
+    assert made.facts["relative_error"] < 0.02 and made.facts["kernels"]["layers"]
+    timing = backend.measure([backend.build(to_fp16(model), SPEC)], QUICK)[0]
+    assert timing.median_ms > 0 and timing.samples >= QUICK.samples

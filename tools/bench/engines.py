@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onnx
 
-from hantc.backends.tensorrt import engine
+from hantc.backends.tensorrt import engine, sdk
 from hantc.core.errors import HantcError
 from hantc.dialect.emitter import emit
 from hantc.dialect.half import to_fp16
@@ -42,10 +42,11 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--int8", action="store_true")
     args = p.parse_args(argv)
-    if engine.version() is None:
-        print(f"engines.py: {engine.PACKAGE} is not installed: pip install {engine.PACKAGE}", file=sys.stderr)
+    rtx = sdk.load(sdk.RTX)
+    if rtx is None:
+        print(f"engines.py: {sdk.RTX} is not installed: pip install {sdk.RTX}", file=sys.stderr)
         return 2
-    print(f"{engine.PACKAGE} {engine.version()}, batch 1 to {args.batch}\n")
+    print(f"{rtx.package} {rtx.version}, batch 1 to {args.batch}\n")
     print("| model | GPU | to FP16 s | build s | MB | layers in FP16 | products in INT8 | in FP32 |")
     print("|---|---|---|---|---|---|---|---|")
     bad = 0
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         for gpu in args.gpu.split(","):
             name = Path(path).stem
             try:
-                made = engine.build(half, gpu, args.batch)
+                made = engine.build(rtx, half, gpu, args.batch)
             except HantcError as error:
                 print(f"| {name} | {gpu} | {converted:.1f} | {error.message} | | | | |", flush=True)
                 bad += 1
