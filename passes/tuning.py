@@ -50,7 +50,7 @@ _ROUND_FROM = 0.8  # share of the steps after which INT8 regions round in traini
 _CHECKS = 16  # evaluations on the search split, at most
 _CHECK_SHARE = 12.0  # and training lasts this many times as long as evaluating
 RECIPE = {
-    "version": 10,
+    "version": 11,
     "rates": RATES,
     "mix": _MIX,
     "old": _OLD_RATE,
@@ -58,7 +58,7 @@ RECIPE = {
     "ema": _EMA,
 }
 
-Best = tuple[float, dict[str, Tensor]]  # a state of the student, with its divergence from the teacher
+Best = tuple[float, dict[str, Tensor]]  # a state of the student, with its `goal`
 History = list[Mapping[str, float]]
 
 
@@ -103,7 +103,7 @@ class Tuner:
 
     def choose_rate(self, seconds: float, steps: int) -> float:
         """The step size to train with, found by short trainings: from the middle of `RATES` downwards, or upwards,
-        for as long as they end nearer to the teacher; then one size larger, if that did good too.
+        for as long as they end better; then one size larger, if that did good too.
 
         A short training has no time to get over what large steps upset, and favours ones too small for a long one
         (Wu et al. 2018, "Understanding short-horizon bias in stochastic meta-optimization"): on EfficientNet-B0
@@ -111,27 +111,28 @@ class Tuner:
         share = _TRIAL_SHARE * seconds
         if share < _LEAST_TRIAL:
             return RATES[_FIRST]
-        untrained = self._evaluate(Average(self.student))["kl"]
+        untrained = self._evaluate(Average(self.student))
+        aim = goal(untrained, untrained)
         found: dict[int, float] = {}
         deadline = time.monotonic() + _TRIALS * share  # evaluating may take longer than training
         with self.ctx.reporter.bar("trying step sizes", 1.0) as bar:
 
-            def kl(i: int) -> float:
+            def loss(i: int) -> float:
                 if i not in found and found and time.monotonic() > deadline:
                     return math.inf
                 if i not in found:
-                    found[i] = self._trial(RATES[i], share, max(5, round(_TRIAL_SHARE * steps)))
+                    found[i] = self._trial(RATES[i], share, max(5, round(_TRIAL_SHARE * steps)), untrained)
                     bar.advance(0.25)
                 return found[i]
 
-            best = _climb(kl, _FIRST, len(RATES))
-        if best > 0 and found.get(best - 1, math.inf) < untrained:
+            best = _climb(loss, _FIRST, len(RATES))
+        if best > 0 and found.get(best - 1, math.inf) < aim:
             best -= 1
         self.ctx.reporter.event("rates", tried={f"{RATES[i]:g}": v for i, v in found.items()}, chosen=RATES[best])
         return RATES[best]
 
-    def _trial(self, rate: float, seconds: float, steps: int) -> float:
-        """Divergence from the teacher after a short training, which is then undone."""
+    def _trial(self, rate: float, seconds: float, steps: int, untrained: Mapping[str, float]) -> float:
+        """The `goal` after a short training, which is then undone."""
         start = copy.deepcopy(self.student.state_dict())
         average, optimizer, box = Average(self.student), self._optimizer(rate), TimeBox(seconds, steps)
         generator = torch.Generator().manual_seed(self.ctx.config.seed)
@@ -142,7 +143,7 @@ class Tuner:
                 average.update(self.student)
                 if not box.advance():
                     break
-            found = self._evaluate(average)["kl"]
+            found = goal(self._evaluate(average), untrained)
             return found if math.isfinite(found) else math.inf
         finally:
             self.student.load_state_dict(start)
@@ -226,18 +227,25 @@ class Tuner:
         return self.judge(self.view)
 
     def _check(self, best: Best, average: Average, history: History, box: TimeBox) -> tuple[Best, float]:
-        """Evaluate, and keep the state if it is the nearest to the teacher so far (labels do not count: a teacher
-        knows the images that it was trained on by heart, and so does a student that was just made from it).
-        Also how many seconds it took."""
+        """Evaluate, and keep the state if its `goal` is the least so far. Also how many seconds it took."""
         begun = time.monotonic()
         own = copy.deepcopy(self.student.state_dict())
         found = self._evaluate(average)
-        history.append({"progress": box.progress, "step": float(box.step), "loss": found["kl"], **found})
+        loss = goal(found, history[0] if history else found)
+        history.append({"progress": box.progress, "step": float(box.step), "loss": loss, **found})
         self.ctx.reporter.event("finetune", **history[-1])
-        if found["kl"] < best[0]:
-            best = (found["kl"], copy.deepcopy(average.shadow))
+        if loss < best[0]:
+            best = (loss, copy.deepcopy(average.shadow))
         self.student.load_state_dict(own)
         return best, time.monotonic() - begun
+
+
+def goal(found: Mapping[str, float], untrained: Mapping[str, float]) -> float:
+    """What fine-tuning is judged by on the search split: the distance from the teacher and, as far as that is below
+    the untrained student's, the cross-entropy with the labels. What training adds to the latter says nothing: a teacher
+    may know the images by heart, a student that was just made from it does too, and forgets them as it learns."""
+    labels = min(found["ce"], untrained["ce"])
+    return found["kl"] + (labels if math.isfinite(labels) else 0.0)
 
 
 def _climb(loss: Callable[[int], float], start: int, n: int) -> int:

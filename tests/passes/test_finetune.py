@@ -17,6 +17,8 @@ from hantc.passes.finetune import Finetune
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
 
+UNTRAINED = {"kl": 1.0, "ce": math.nan}
+
 
 def test_the_student_gets_nearer_to_the_teacher(lab: Lab) -> None:
     before = lab.distance(lab.rewritten())
@@ -41,6 +43,33 @@ def test_the_best_state_is_kept_where_training_does_harm(lab: Lab, monkeypatch: 
     after = Finetune().call(lab.rewritten(), lab.fresh(effort={"finetune_epochs": 3}))
     assert after.history[-1]["kl"] > after.history[0]["kl"], "it did harm"
     assert lab.distance(after) <= 1.5 * before
+
+
+@pytest.mark.parametrize(
+    ("kl", "ce", "wanted"),
+    [
+        (0.1, 0.5, 0.6),  # labels speak for the state
+        (0.1, 0.9, 0.8),  # and never against it: the untrained student may know the images by heart
+        (0.1, math.nan, 0.1),
+        (math.nan, 0.5, math.nan),
+    ],
+)
+def test_labels_speak_for_a_state_never_against_it(kl: float, ce: float, wanted: float) -> None:
+    untrained = {"kl": 0.05, "ce": math.nan if math.isnan(ce) else 0.7}
+    assert tuning.goal({"kl": kl, "ce": ce}, untrained) == pytest.approx(wanted, nan_ok=True)
+
+
+def test_a_state_further_from_the_teacher_but_righter_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, ctx = lab.rewritten(), lab.fresh(effort={"finetune_epochs": 4})
+    assert state.student is not None and ctx.data is not None
+    tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
+    found = iter([{"kl": 0.1, "ce": 0.9}, *({"kl": 0.2, "ce": 0.5} for _ in range(99))])
+    monkeypatch.setattr(tuner, "choose_rate", lambda *_: 1e-3)
+    monkeypatch.setattr(tuner, "_evaluate", lambda average: next(found))
+    before = {k: v.clone() for k, v in state.student.state_dict().items()}
+    history = tuner.train(1e3, 8, Checkpoint(ctx.store, "ab" * 16))
+    assert [h["loss"] for h in history][:2] == pytest.approx([1.0, 0.7])
+    assert any(not torch.equal(v, before[k]) for k, v in state.student.state_dict().items())
 
 
 def test_a_second_call_trains_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +125,7 @@ def test_the_step_size_is_found_by_trying_and_trials_leave_no_trace(lab: Lab) ->
     before = {k: v.clone() for k, v in state.student.state_dict().items()}
     assert tuner.choose_rate(1e3, 300) in tuning.RATES
     assert all(torch.equal(v, before[k]) for k, v in state.student.state_dict().items())
-    tried = {rate: tuner._trial(rate, 1e3, 10) for rate in (3e-4, 30.0)}
+    tried = {rate: tuner._trial(rate, 1e3, 10, UNTRAINED) for rate in (3e-4, 30.0)}
     assert tried[3e-4] < tried[30.0], "a step far too large does harm"
     assert tuner.choose_rate(1.0, 300) == tuning.RATES[2], "no time to try"
 
@@ -112,8 +141,8 @@ def test_a_long_training_takes_the_larger_step_if_its_trial_did_good(
     assert state.student is not None and ctx.data is not None
     tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
     trials = {1e-3: 2.0, 3e-4: upper, 1e-4: 0.5, 3e-5: 0.6}  # 1e-4 ends nearest to the teacher
-    monkeypatch.setattr(tuner, "_trial", lambda rate, seconds, steps: trials[rate])
-    monkeypatch.setattr(tuner, "_evaluate", lambda average: {"kl": 1.0})
+    monkeypatch.setattr(tuner, "_trial", lambda rate, *_: trials[rate])
+    monkeypatch.setattr(tuner, "_evaluate", lambda average: UNTRAINED)
     assert tuner.choose_rate(1e3, 300) == chosen
 
 
@@ -121,8 +150,8 @@ def test_the_largest_step_has_none_above(lab: Lab, monkeypatch: pytest.MonkeyPat
     state, ctx = lab.rewritten(), lab.fresh()
     assert state.student is not None and ctx.data is not None
     tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
-    monkeypatch.setattr(tuner, "_trial", lambda rate, seconds, steps: 1e-5 / rate)  # the larger the better
-    monkeypatch.setattr(tuner, "_evaluate", lambda average: {"kl": 1.0})
+    monkeypatch.setattr(tuner, "_trial", lambda rate, *_: 1e-5 / rate)  # the larger the better
+    monkeypatch.setattr(tuner, "_evaluate", lambda average: UNTRAINED)
     assert tuner.choose_rate(1e3, 300) == tuning.RATES[0]
 
 
@@ -158,11 +187,11 @@ def test_a_trial_that_blows_up_is_undone(lab: Lab, monkeypatch: pytest.MonkeyPat
         return len(steps) < 3
 
     monkeypatch.setattr(tuner, "_step", wreck)
-    assert tuner._trial(1e-3, 1e3, 10) == math.inf
+    assert tuner._trial(1e-3, 1e3, 10, UNTRAINED) == math.inf
     assert len(steps) == 3
     assert all(torch.equal(v, before[k]) for k, v in state.student.state_dict().items())
     monkeypatch.setattr(tuner, "_step", step)
-    assert math.isfinite(tuner._trial(1e-4, 1e3, 10)), "nor are the ranges spoilt"
+    assert math.isfinite(tuner._trial(1e-4, 1e3, 10, UNTRAINED)), "nor are the ranges spoilt"
 
 
 def test_trials_end_when_evaluating_takes_too_long(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +200,7 @@ def test_trials_end_when_evaluating_takes_too_long(lab: Lab, monkeypatch: pytest
     tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
     tried: list[float] = []
 
-    def slow(rate: float, seconds: float, steps: int) -> float:
+    def slow(rate: float, *_: object) -> float:
         tried.append(rate)
         now[0] += 1000.0
         return 1.0 / len(tried)  # ever better
