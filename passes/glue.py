@@ -26,14 +26,29 @@ _RATIO = (0.75, 1.33)  # of whole to parts: further apart, something else is wro
 
 
 def inner_glue(match: MatchResult, rows: Sequence[CostRow]) -> dict[str, float]:
-    """Milliseconds that the teacher's parts take beyond their blocks, by name, of those that hold more than blocks."""
+    """Milliseconds that the teacher's parts take beyond their blocks, by name, of those that hold more than blocks (a
+    dense block: the concatenations behind its layers). What such a part inside another one takes counts once."""
     own = {r.region: r.latency_ms for r in rows if untouched(r.candidate, r.precision)}
     blocks = {r.atoms[0]: r for r in match.regions if len(r.atoms) == 1}
-    found = {}
-    for region in _wholes(match):
+    found: dict[str, float] = {}
+    wholes = sorted(_wholes(match), key=lambda r: len(r.atoms))
+    for k, region in enumerate(wholes):
         parts = [own.get(blocks[a].name, 0.0) for a in region.atoms]
+        parts += [found[r.name] for r in wholes[:k] if set(r.atoms) <= set(region.atoms)]
         found[region.name] = max(0.0, own.get(region.name, 0.0) - sum(parts))
     return found
+
+
+def glue_shares(match: MatchResult, rows: Sequence[CostRow]) -> dict[str, float]:
+    """What each region bears of the `inner_glue` around it, by name, ms: blocks bear equal shares of a part that holds
+    them, so that what takes the part's place as a whole is rid of it."""
+    inner, atoms = inner_glue(match, rows), {r.name: frozenset(r.atoms) for r in match.regions}
+    shares = dict.fromkeys(atoms, 0.0)
+    for name, mine in atoms.items():
+        for whole, ms in inner.items():
+            if not atoms[whole] <= mine:
+                shares[name] += ms * len(mine & atoms[whole]) / len(atoms[whole])
+    return shares
 
 
 def _wholes(match: MatchResult) -> list[Region]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
-from hantc.passes.glue import inner_glue
+from hantc.passes.glue import glue_shares, inner_glue
 from hantc.passes.limits import Allowance
 from hantc.passes.state import State
 from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
@@ -21,7 +21,7 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
     costs, match = state.costs.by_key(), state.match
     sums, peaks = [b for b in bounds if b.adds_up], [b for b in bounds if not b.adds_up]
     items = []
-    beyond = inner_glue(match, state.costs.rows)  # it is in the glue of the whole already
+    shares = glue_shares(match, state.costs.rows)
     for row in state.scores:
         cost = costs.get((row.region, row.candidate, row.precision))
         if cost is None or row.dropped or cost.latency_ms >= _UNUSABLE_MS:
@@ -31,15 +31,18 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
         atoms = frozenset(match.region(row.region).atoms)
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
         score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
-        ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
-        if row.region in beyond:
-            ms = max(0.0, ms - state.costs.scale * beyond[row.region])
+        ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms + shares[row.region])
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
         items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
-    glue = state.costs.glue_ms * state.costs.correction.glue
+    glue = outside_ms(match, state.costs) * state.costs.correction.glue
     problem = Problem(match.n_atoms, tuple(items), glue, budget_ms, _borders(match, state.costs), limits)
     return clean(problem)[0]
+
+
+def outside_ms(match: MatchResult, costs: CostTable) -> float:
+    """What the network takes outside every region, those that hold others included, by the table."""
+    return max(0.0, costs.glue_ms - costs.scale * sum(inner_glue(match, costs.rows).values()))
 
 
 def inside_ms(costs: CostTable, candidate: str, precision: str, ms: float) -> float:
@@ -59,10 +62,10 @@ def _kind(candidate: str, precision: str) -> str:
     return "own" if untouched(candidate, precision) else "int8" if precision == "int8" else "floats"
 
 
-def parts_of(costs: CostTable, plan: Plan) -> tuple[float, ...]:
+def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, ...]:
     """Milliseconds by kind, in the order of `Correction`'s fields, of a plan made from `costs`, uncorrected."""
     now = asdict(costs.correction)
-    inside = dict.fromkeys(now, 0.0) | {"glue": costs.glue_ms * now["glue"]}
+    inside = dict.fromkeys(now, 0.0) | {"glue": outside_ms(match, costs) * now["glue"]}
     for c in plan.choices:
         inside[_kind(c.candidate, c.precision)] += c.cost_ms
     inside["borders"] = max(0.0, plan.predicted_latency_ms - sum(inside.values()))

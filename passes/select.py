@@ -37,7 +37,7 @@ _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
-_VERSION = 16
+_VERSION = 17
 _CLEARLY = 0.95  # of the teacher's time: less than this is a gain, and no chance
 
 _Known = dict[tuple[int, ...], Evaluated]  # by the solution's items
@@ -105,7 +105,7 @@ class Select:
             if abs(ratio - 1) <= _CLOSE:
                 return state, {s.items: e for s, e in zip(probes, new, strict=True)}
             seen += trials(state, new)
-            state = replace(state, costs=corrected(state.costs, seen))
+            state = replace(state, costs=corrected(state, seen))
         return state, {}
 
     def _solved(self, state: State, ctx: Context, problem: Problem, k: int) -> list[Solution]:

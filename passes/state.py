@@ -35,7 +35,8 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One selection, run as a real (not yet fine-tuned) student. `loss` and `accuracy` on the search split."""
+    """One selection, run as a real (not yet fine-tuned) student. `teacher_ms`: the teacher's latency beside it, on the
+    same clock. `loss` and `accuracy` on the search split."""
 
     plan: Plan
     measured_ms: float

@@ -11,13 +11,14 @@ from hantc.core.types import Correction, CostTable, Protocol
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
 from hantc.passes.meter import Meter
-from hantc.passes.program import make_plan, parts_of, specs_of
+from hantc.passes.program import make_plan, outside_ms, parts_of, specs_of
 from hantc.passes.state import Context, Evaluated, State
 from hantc.search.correction import fit_factors
 from hantc.search.problem import Problem, Solution
 
 # how far from 1 each kind's factor may be expected: borders depend most on what stands beside them
-_SPREAD = {"own": 0.05, "floats": 0.05, "int8": 0.1, "borders": 0.5, "glue": 0.2}
+_SPREAD = {"own": 0.05, "floats": 0.1, "int8": 0.15, "borders": 0.5, "glue": 0.2}
+_TOGETHER = 0.05  # the same of all kinds: sessions and hours differ by that
 _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0)
 
 Trial = tuple[tuple[float, ...], float]  # a student's `parts_of`, and what it took, ms
@@ -25,8 +26,8 @@ Trial = tuple[tuple[float, ...], float]  # a student's `parts_of`, and what it t
 
 def trials(state: State, found: Sequence[Evaluated]) -> list[Trial]:
     """What students of the state's own table tell of it."""
-    assert state.costs is not None
-    return [(parts_of(state.costs, e.plan), e.measured_ms) for e in found]
+    assert state.costs is not None and state.match is not None
+    return [(parts_of(state.match, state.costs, e.plan), e.measured_ms) for e in found]
 
 
 def measure_students(state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]) -> list[Evaluated]:
@@ -58,14 +59,16 @@ def measure_students(state: State, ctx: Context, problem: Problem, solutions: Se
     wanted = state.costs.teacher_ms
     paces = [1.0 if meter.steady else wanted / teacher.median_ms for teacher, _ in pairs]
     return [
-        Evaluated(p, student.median_ms * pace, wanted, None, None)
-        for p, (_, student), pace in zip(plans, pairs, paces, strict=True)
+        Evaluated(p, student.median_ms * pace, teacher.median_ms * pace, None, None)
+        for p, (teacher, student), pace in zip(plans, pairs, paces, strict=True)
     ]
 
 
-def corrected(costs: CostTable, seen: Sequence[Trial]) -> CostTable:
+def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
     """The table corrected by what whole students took; the teacher itself counts as one of them."""
-    teacher = replace(_NOTHING, own=costs.teacher_ms - costs.glue_ms, glue=costs.glue_ms)
+    assert state.costs is not None and state.match is not None
+    costs, outside = state.costs, outside_ms(state.match, state.costs)
+    teacher = replace(_NOTHING, own=costs.teacher_ms - outside, glue=outside)
     parts, measured = [t[0] for t in seen] + [astuple(teacher)], [t[1] for t in seen] + [costs.teacher_ms]
-    factors = fit_factors(parts, measured, list(_SPREAD.values()))
+    factors = fit_factors(parts, measured, list(_SPREAD.values()), _TOGETHER)
     return replace(costs, correction=Correction(**dict(zip(_SPREAD, factors, strict=True))))

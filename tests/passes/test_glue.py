@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hantc.core.types import CostRow, MatchResult
-from hantc.passes.glue import balance, measure_glue
+from hantc.core.types import CostRow, CostTable, MatchResult
+from hantc.passes.glue import balance, glue_shares, inner_glue, measure_glue
 from hantc.passes.meter import Meter
+from hantc.passes.program import make_problem
 from tests.passes.conftest import CLASSES
-from tests.passes.test_program import chain, cost
+from tests.passes.test_program import chain, cost, score, state_of
 
 if TYPE_CHECKING:
     from hantc.passes.state import State
@@ -79,3 +81,37 @@ def test_regions_that_are_not_one_row_have_none(lab: Lab) -> None:
     assert match is not None
     turned = MatchResult(tuple(reversed(match.regions)), (), match.n_atoms)
     assert measure_glue(Meter(lab.fresh()), replace(lab.costed, match=turned), [any_row(lab.costed)]) is None
+
+
+def nested() -> MatchResult:
+    """Three blocks; the first two and a node of its own are a whole, all three and another one are the whole of it."""
+    blocks = [replace(r, nodes=(r.output,)) for r in chain()[:3]]
+    first = replace(chain()[3], name="w2", nodes=("a", "b", "cat"))
+    both = replace(first, name="w3", output="c", nodes=("a", "b", "cat", "c", "cat2"), atoms=(0, 1, 2))
+    return MatchResult((*blocks, first, both), (), n_atoms=3)
+
+
+def test_what_lies_inside_counts_once_and_blocks_bear_it() -> None:
+    """The inner whole takes 3 ms beyond its blocks' 4, the outer one 1.5 beyond 6 and those 3."""
+    match, rows = nested(), [*ROWS[:3], cost("w2", "teacher", "fp32", 7.0), cost("w3", "teacher", "fp32", 10.5)]
+    assert inner_glue(match, rows) == pytest.approx({"w2": 3.0, "w3": 1.5})
+    wanted = {"r00": 1.5 + 0.5, "r01": 1.5 + 0.5, "r02": 0.5, "w2": 1.0, "w3": 0.0}
+    assert glue_shares(match, rows) == pytest.approx(wanted)
+
+
+def test_what_replaces_a_whole_is_rid_of_what_lies_inside() -> None:
+    """A dense block's concatenations take 3 ms, and what takes its place 0.2: it was priced at nothing, on top of the
+    concatenations."""
+    match = nested()
+    rows = [*ROWS[:3], cost("w2", "teacher", "fp32", 7.0), cost("w3", "teacher", "fp32", 10.5)]
+    rows += [cost("w2", "cheap", "fp32", 0.2), cost("r00", "cheap", "fp32", 0.2)]
+    table = CostTable(tuple(rows), teacher_ms=11.0, glue_ms=5.0)
+    scores = tuple(score(r.region, r.candidate, r.precision, 0.0) for r in rows)
+    state = replace(state_of(chain()), match=match, costs=table, scores=scores)
+    problem = make_problem(state, math.inf)
+    assert problem.fixed_cost == pytest.approx(0.5)
+    price = {(i.region, i.candidate): i.cost for i in problem.items}
+    assert price["w2", "cheap"] == pytest.approx(0.2 + 1.0)
+    assert price["r00", "cheap"] == pytest.approx(0.2 + 2.0)
+    for cover in (("w3",), ("w2", "r02"), ("r00", "r01", "r02")):
+        assert problem.fixed_cost + sum(price[name, "teacher"] for name in cover) == pytest.approx(11.0)

@@ -35,11 +35,11 @@ def wide(scale: float = 1.0) -> State:
 
 def test_a_plans_parts_add_up_to_its_latency() -> None:
     state = wide(scale=0.9)
-    assert state.costs is not None
+    assert state.costs is not None and state.match is not None
     for correction in (Correction(), Correction(own=1.1, floats=0.9, int8=1.3, borders=2.0, glue=0.8)):
         costs = replace(state.costs, correction=correction)
         for plan in plans(replace(state, costs=costs)):
-            own, floats, int8, borders, glue = parts_of(costs, plan)
+            own, floats, int8, borders, glue = parts_of(state.match, costs, plan)
             factors = correction
             total = own * factors.own + floats * factors.floats + int8 * factors.int8
             total += borders * factors.borders + glue * factors.glue
@@ -60,7 +60,7 @@ def test_kinds_that_cost_more_in_networks_are_found() -> None:
         Evaluated(make_plan(state, problem, s), ms, state.costs.teacher_ms, None, None)
         for s, ms in zip(solutions, exact, strict=True)
     ]
-    costs = corrected(state.costs, trials(state, found))
+    costs = corrected(state, trials(state, found))
     assert costs.correction.borders > 1.5 and costs.correction.int8 > 1.1
     after = make_problem(replace(state, costs=costs), math.inf)
     for s, ms in zip(solutions, exact, strict=True):
@@ -103,4 +103,4 @@ def test_without_a_reference_network_the_teacher_is_the_clock(lab: Lab) -> None:
 def test_correcting_by_nothing_changes_nothing() -> None:
     state = wide()
     assert state.costs is not None
-    assert corrected(state.costs, []) == state.costs
+    assert corrected(state, []) == state.costs

@@ -39,3 +39,11 @@ def test_a_factor_stays_above_nothing() -> None:
 
 def test_no_networks_no_change() -> None:
     assert fit_factors([], [], SPREAD) == (1.0, 1.0, 1.0)
+
+
+def test_what_is_common_to_all_moves_kinds_that_no_network_has() -> None:
+    """Three networks of the first two kinds, 10 % slower than their tables: so will the third kind be."""
+    parts = [(3.0, 1.0, 0.0), (1.0, 3.0, 0.0), (2.0, 2.0, 0.0)]
+    apart = fit_factors(parts, [4.4] * 3, (0.01, 0.01, 0.01))
+    together = fit_factors(parts, [4.4] * 3, (0.01, 0.01, 0.01), 0.1)
+    assert apart[2] == 1.0 and together == pytest.approx((1.1, 1.1, 1.1), abs=0.01)

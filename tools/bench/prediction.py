@@ -103,8 +103,8 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
         probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
         state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
         found = measure_students(state, ctx, problem, probes)
-        assert state.costs is not None
-        costs = corrected(state.costs, trials(state, found))
+        assert state.costs is not None and state.match is not None
+        costs = corrected(state, trials(state, found))
         fixed = make_problem(replace(state, costs=costs), math.inf)
         drawn = [("probe", s) for s in probes] + drawn
         found += measure_students(state, ctx, problem, [s for _, s in drawn[len(probes) :]])
@@ -113,7 +113,8 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
             facts = {"model": Path(model).stem, "kind": kind, "teacher_ms": e.teacher_ms}
             picks = [str(problem.items[i]) for i in s.items]
             facts |= {"before": s.cost, "after": after, "measured": e.measured_ms, "picks": picks}
-            records.append({**facts, "parts": parts_of(state.costs, e.plan), "glue_ms": state.costs.glue_ms})
+            parts = parts_of(state.match, state.costs, e.plan)
+            records.append({**facts, "parts": parts, "glue_ms": state.costs.glue_ms})
         return records
 
 
