@@ -42,7 +42,8 @@ class Lut:
             raise UsageError("its rows were measured on several devices", where=f"--lut {self.path}", hint=_MEASURE)
         if wrong:
             text = "; ".join(f"{n} {_show(a)} there, {_show(b)} here" for n, a, b in wrong)
-            raise UsageError(f"measured under other conditions: {text}", where=f"--lut {self.path}", hint=_MEASURE)
+            hint = f"{_MEASURE}; or compile for the machine that the table is of: --foreign-lut"
+            raise UsageError(f"measured under other conditions: {text}", where=f"--lut {self.path}", hint=hint)
 
     def check_regions(self, regions: tuple[Region, ...]) -> None:
         """UsageError unless every region has its teacher's row, of the same size."""

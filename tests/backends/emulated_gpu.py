@@ -41,6 +41,7 @@ class Cuda:
             assert hasattr(real.cudaMemcpyKind, name)
         self.capability = capability
         self.memory: dict[int, Any] = {}
+        self.pending: list[Context] = []  # what has run and is computed when somebody looks
         self.now = 0.0
         self.out_of_memory = False
 
@@ -76,11 +77,15 @@ class Cuda:
         return 0, address
 
     def cudaFree(self, address: int) -> tuple[int]:
+        self.pending = [c for c in self.pending if address not in c.addresses.values()]
         del self.memory[address]
         return (0,)
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: Stream) -> tuple[int]:
         assert int(stream) == STREAM and size <= len(self.memory[to if kind == 1 else source])
+        for context in [c for c in self.pending if (to if kind == 1 else source) in c.addresses.values()]:
+            context.compute()
+            self.pending.remove(context)
         ctypes.memmove(to, source, size)
         return (0,)
 
@@ -109,10 +114,9 @@ class Context:
         return True
 
     def infer_shapes(self) -> list[str]:
-        names = [v.name for v in self.engine.model.graph.input]
-        fed = {n: np.zeros(self.shapes[n], self.engine.dtype(n)) for n in names}
-        for value, out in zip(self.engine.model.graph.output, self.engine.session.run(None, fed), strict=True):
-            self.shapes[value.name] = out.shape
+        batch = self.shapes[self.engine.model.graph.input[0].name][0]
+        for value in self.engine.model.graph.output:
+            self.shapes[value.name] = tuple(batch if d == -1 else d for d in self.engine.get_tensor_shape(value.name))
         return []
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -130,11 +134,15 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM
+        if self not in self.engine.cuda.pending:
+            self.engine.cuda.pending.append(self)
+        self.engine.cuda.now += self.engine.ms
+        return True
+
+    def compute(self) -> None:
         out = self.engine.session.run(None, {v.name: self._view(v.name) for v in self.engine.model.graph.input})
         for value, array in zip(self.engine.model.graph.output, out, strict=True):
             self._view(value.name)[...] = array
-        self.engine.cuda.now += self.engine.ms
-        return True
 
 
 class Engine:
@@ -191,7 +199,7 @@ class Trt:
         self.models: dict[bytes, tuple[onnx.ModelProto, int]] = {}
         for fake, original in ((Engine, real.ICudaEngine), (Context, real.IExecutionContext)):
             for name in vars(fake):
-                if not name.startswith("_") and name != "dtype":
+                if not name.startswith("_") and name not in ("dtype", "compute"):
                     assert hasattr(original, name), f"{original.__name__} has no {name}"
         assert hasattr(real.Runtime, "deserialize_cuda_engine") and hasattr(real.ICudaEngine, "num_io_tensors")
         assert hasattr(real.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
@@ -212,11 +220,12 @@ class Trt:
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
 
-def remembering(trt: Trt, build: Callable[..., Any]) -> Callable[..., Any]:
-    """`engine.build`, which tells the emulated runtime what its engines compute."""
+def remembering(trt: Trt, build: Callable[..., Any], *, builds: bool) -> Callable[..., Any]:
+    """`engine.build`, which tells the emulated runtime what its engines compute; or one that builds nothing else."""
 
     def built(sdk: Any, model: onnx.ModelProto, capability: str, batch: int) -> Any:
-        made = build(sdk, model, capability, batch)
+        count = len(trt.models)
+        made = build(sdk, model, capability, batch) if builds else engine.Engine(f"engine {count}".encode(), 0.0)
         kept = onnx.ModelProto()
         kept.CopyFrom(model)
         trt.models[made.data] = (kept, batch)
@@ -225,13 +234,16 @@ def remembering(trt: Trt, build: Callable[..., Any]) -> Callable[..., Any]:
     return built
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 9)) -> tuple[TensorRTBackend, Cuda]:
-    """A backend that finds an emulated GPU of the compute capability; the packages must be installed."""
+def emulate(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 9), *, builds: bool = True
+) -> tuple[TensorRTBackend, Cuda]:
+    """A backend that finds an emulated GPU of the compute capability; the packages must be installed. Without `builds`
+    engines are a word each, and made at once."""
     real = sdk.load(sdk.RTX)
     assert real is not None and gpu.cuda is not None
     cuda = Cuda(gpu.cuda, capability)
     trt = Trt(real.module, cuda)
     monkeypatch.setattr(gpu, "cuda", cuda)
     monkeypatch.setattr(sdk, "load", lambda package: sdk.Sdk(package, trt) if package == sdk.RTX else None)
-    monkeypatch.setattr(engine, "build", remembering(trt, engine.build))
+    monkeypatch.setattr(engine, "build", remembering(trt, engine.build, builds=builds))
     return TensorRTBackend("SM" + "".join(map(str, capability))), cuda

@@ -270,6 +270,43 @@ def test_what_the_inspector_says_in_short() -> None:
     assert session.summarise("no JSON")["layers"] is None
 
 
+@needs_gpu_calls
+def test_a_gpu_is_compiled_for_where_it_is(
+    tiny: Tiny, cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Costs, choice, accuracy and the engine's own figures are the GPU's."""
+    emulate(monkeypatch, builds=False)
+    given = ("--target", "l4", "--data", tiny.data, "--budget", "0.9", "--effort", "quick", "--time-limit", "20s")
+    result = cli(tiny.model, *given, "--out", tmp_path / "run", "--store", tmp_path / "store", "--json")
+    assert result.code == 0, result.err
+    summary = result.json()
+    assert not summary["predicted"] and summary["student"]["latency_ms"] > 0
+    assert summary["engine"]["run_on"] == "Emulated" and summary["engine"]["relative_error"] < 0.01
+    assert any("run on Emulated" in note for note in summary["notes"])
+    assert cli("verify", tmp_path / "run", "--json").json()["ok"]
+
+
+@needs_gpu_calls
+def test_a_table_of_a_gpu_serves_where_there_is_none(
+    tiny: Tiny, cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, given = tmp_path / "l4.json", ("--target", "l4", "--effort", "quick")
+    with monkeypatch.context() as there:
+        emulate(there, builds=False)
+        made = cli("profile", tiny.model, *given, "--lut", table, "--store", tmp_path / "there")
+        assert made.code == 0, made.err
+    written = json.loads(table.read_text())
+    assert written["device"]["cpu"] == "Emulated (SM89)" and any(r["samples"] for r in written["rows"])
+    here: list[object] = [tiny.model, *given, "--data", tiny.data, "--budget", "0.9", "--time-limit", "8s"]
+    here += ["--lut", table, "--out", tmp_path / "run", "--store", tmp_path / "here"]
+    refused = cli(*here)
+    assert refused.code == 2 and "--foreign-lut" in refused.err
+    result = cli(*here, "--foreign-lut", "--json")
+    assert result.code in (0, 1), result.err
+    assert (tmp_path / "run" / "model.engine").stat().st_size > 1000
+    assert any("measured on Emulated" in note for note in result.json()["notes"])
+
+
 @pytest.mark.skipif(RTX is None or gpu.find("SM89") is None, reason="no GPU that the l4 target is for")
 def test_on_a_real_gpu() -> None:
     backend = TensorRTBackend()

@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from hantc.core.errors import HantcError
 from hantc.core.progress import Reporter
 from hantc.core.types import ScoreRow, Signature, untouched
 from hantc.inputs import make_config, prepare
 from hantc.ops.registry import build
 from hantc.passes.plug import origin_for
 from hantc.passes.program import make_problem, parts_of, specs_of
-from hantc.passes.state import Context, State
+from hantc.passes.state import Context, Evaluated, State
 from hantc.passes.trials import corrected, measure_students, trials
 from hantc.pipeline import PROFILE, run_passes
 from hantc.report.live import RichReporter
@@ -84,6 +85,23 @@ def unscored(state: State) -> State:
     return replace(state, scores=tuple(rows))
 
 
+def timed(
+    state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]
+) -> tuple[list[Solution], list[Evaluated]]:
+    """The solutions that can be built, and what they take: deep students of random weights may overflow, which leaves
+    no range to quantise to."""
+    kept: list[Solution] = []
+    found: list[Evaluated] = []
+    for s in solutions:
+        try:
+            found += measure_students(state, ctx, problem, [s])
+        except HantcError as error:
+            ctx.note(f"a student was left out: {error.message}")
+            continue
+        kept.append(s)
+    return kept, found
+
+
 def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
     """One record for every student of a model: what was predicted, before and after, and what it takes. Those of kind
     "probe" are what the correction was fitted to."""
@@ -102,13 +120,15 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
         drawn = [(names[m], draw(problem, rng, mixed=m)) for m in kinds for _ in range(args.selections // len(kinds))]
         probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
         state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
-        found = measure_students(state, ctx, problem, probes)
+        probes, found = timed(state, ctx, problem, probes)
         assert state.costs is not None and state.match is not None
         costs = corrected(state, trials(state, found))
         fixed = make_problem(replace(state, costs=costs), math.inf)
-        drawn = [("probe", s) for s in probes] + drawn
-        found += measure_students(state, ctx, problem, [s for _, s in drawn[len(probes) :]])
-        for (kind, s), e in zip(drawn, found, strict=True):
+        taken = [("probe", s) for s in probes]
+        for kind in dict.fromkeys(k for k, _ in drawn):
+            kept, more = timed(state, ctx, problem, [s for k, s in drawn if k == kind])
+            taken, found = taken + [(kind, s) for s in kept], found + more
+        for (kind, s), e in zip(taken, found, strict=True):
             after = make_solution(fixed, s.items, optimal=False, gap=math.inf).cost
             facts = {"model": Path(model).stem, "kind": kind, "teacher_ms": e.teacher_ms}
             picks = [str(problem.items[i]) for i in s.items]
