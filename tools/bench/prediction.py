@@ -33,6 +33,7 @@ from hantc.core.progress import Reporter
 from hantc.core.types import ScoreRow, Signature, untouched
 from hantc.inputs import make_config, prepare
 from hantc.ops.registry import build
+from hantc.passes.engine import statistics_at_once
 from hantc.passes.plug import origin_for
 from hantc.passes.program import make_problem, parts_of, specs_of
 from hantc.passes.state import Context, Evaluated, State
@@ -64,7 +65,8 @@ def draw(problem: Problem, rng: np.random.Generator, *, mixed: bool) -> Solution
 
 
 def with_weights(state: State, ctx: Context, solutions: Sequence[Solution], problem: Problem) -> State:
-    """The state with random weights for all that is picked."""
+    """The state with random weights for all that is picked, their norms set as training would: what grows or fades
+    from region to region ends in infinities, or in numbers so small that processors take longer over them."""
     assert state.network is not None and state.match is not None
     specs, made = specs_of(state), dict(state.weights or {})
     for s in solutions:
@@ -74,7 +76,10 @@ def with_weights(state: State, ctx: Context, solutions: Sequence[Solution], prob
                 region = state.match.region(item.region)
                 origin = origin_for(specs[item.candidate], state.network, state.match, region)
                 torch.manual_seed(ctx.config.seed)
-                made[key] = build(specs[item.candidate], Signature.of(region), origin=origin).state_dict()
+                module = build(specs[item.candidate], Signature.of(region), origin=origin).train()
+                with statistics_at_once(module), torch.no_grad():
+                    module(torch.randn(8, *region.in_shape))
+                made[key] = module.eval().state_dict()
     return replace(state, weights=made)
 
 
