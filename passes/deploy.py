@@ -56,8 +56,12 @@ class Deploy:
             rest = types if wide else "the rest in FP16"
             types = f"{rounded} of {sum(products.values())} convolutions and matrix products in INT8, {rest}"
         tried = "and not run: no such GPU was used"
-        if "run_on" in facts:
-            tried = f"and run on {facts['run_on']}: within {facts['relative_error']:.2g} of ONNX Runtime"
+        if "not_run" in facts:
+            tried = f"and not run: {facts['not_run']}"
+        elif "run_on" in facts:
+            error = facts["relative_error"]
+            told = "random input overflows" if error is None else f"within {error:.2g} of ONNX Runtime"
+            tried = f"and run on {facts['run_on']}: {told}"
         ctx.note(
             f"{made.file} was built for {facts['compute_capability']} by {facts['built_by']} in "
             f"{facts['seconds']:.1f} s ({types}), {tried}"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hantc.core.errors import HantcError
-from hantc.core.types import CostRow, MatchResult, Region, digest, untouched
+from hantc.core.types import CostRow, CostTable, MatchResult, Region, digest, untouched
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import cut, shapes_of
@@ -19,6 +19,7 @@ from hantc.passes.frames import handed_through
 from hantc.passes.meter import Meter, Work
 from hantc.passes.state import State
 
+UNUSABLE_MS = 1e8  # and more stands for what could not be timed
 _BATCH = 2  # so that a dim that follows the batch shows
 _NAME = "glue"
 _LEAST = 0.02  # of the teacher: what the rest costs where parts alone seem to take longer
@@ -33,22 +34,29 @@ def inner_glue(match: MatchResult, rows: Sequence[CostRow]) -> dict[str, float]:
     found: dict[str, float] = {}
     wholes = sorted(_wholes(match), key=lambda r: len(r.atoms))
     for k, region in enumerate(wholes):
-        parts = [own.get(blocks[a].name, 0.0) for a in region.atoms]
+        whole, parts = own.get(region.name, 0.0), [own.get(blocks[a].name, 0.0) for a in region.atoms]
+        if max(whole, *parts) >= UNUSABLE_MS:  # the engine does not take one of them alone
+            found[region.name] = 0.0
+            continue
         parts += [found[r.name] for r in wholes[:k] if set(r.atoms) <= set(region.atoms)]
-        found[region.name] = max(0.0, own.get(region.name, 0.0) - sum(parts))
+        found[region.name] = max(0.0, whole - sum(parts))
     return found
 
 
-def glue_shares(match: MatchResult, rows: Sequence[CostRow]) -> dict[str, float]:
-    """What each region bears of the `inner_glue` around it, by name, ms: blocks bear equal shares of a part that holds
-    them, so that what takes the part's place as a whole is rid of it."""
-    inner, atoms = inner_glue(match, rows), {r.name: frozenset(r.atoms) for r in match.regions}
+def glue_shares(match: MatchResult, costs: CostTable) -> tuple[dict[str, float], float]:
+    """What each region bears of the `inner_glue` around it, by name, and what is left outside of them all; ms of the
+    table's glue. Blocks bear equal shares of a part that holds them, so that what takes the part's place as a whole is
+    rid of it."""
+    inner, atoms = inner_glue(match, costs.rows), {r.name: frozenset(r.atoms) for r in match.regions}
+    total = costs.scale * sum(inner.values())
+    # where the glue was not measured it is what the parts left over, which may be less
+    factor = costs.scale * min(1.0, costs.glue_ms / total) if total > 0 else 0.0
     shares = dict.fromkeys(atoms, 0.0)
     for name, mine in atoms.items():
         for whole, ms in inner.items():
             if not atoms[whole] <= mine:
-                shares[name] += ms * len(mine & atoms[whole]) / len(atoms[whole])
-    return shares
+                shares[name] += factor * ms * len(mine & atoms[whole]) / len(atoms[whole])
+    return shares, costs.glue_ms - factor * sum(inner.values())
 
 
 def _wholes(match: MatchResult) -> list[Region]:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
-from hantc.passes.glue import glue_shares, inner_glue
+from hantc.passes.glue import UNUSABLE_MS, glue_shares
 from hantc.passes.limits import Allowance
 from hantc.passes.state import State
 from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
-
-_UNUSABLE_MS = 1e8
 
 
 def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = ()) -> Problem:
@@ -21,28 +19,26 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
     costs, match = state.costs.by_key(), state.match
     sums, peaks = [b for b in bounds if b.adds_up], [b for b in bounds if not b.adds_up]
     items = []
-    shares = glue_shares(match, state.costs.rows)
+    shares, outside = glue_shares(match, state.costs)
+    correction = state.costs.correction
     for row in state.scores:
         cost = costs.get((row.region, row.candidate, row.precision))
-        if cost is None or row.dropped or cost.latency_ms >= _UNUSABLE_MS:
+        if cost is None or row.dropped or cost.latency_ms >= UNUSABLE_MS:
             continue
         if any(b.uses[row.region, row.candidate] > b.most for b in peaks):
             continue
         atoms = frozenset(match.region(row.region).atoms)
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
         score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
-        ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms + shares[row.region])
+        ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
+        ms += shares[row.region] * correction.glue
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
         items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
-    glue = outside_ms(match, state.costs) * state.costs.correction.glue
-    problem = Problem(match.n_atoms, tuple(items), glue, budget_ms, _borders(match, state.costs), limits)
+    problem = Problem(
+        match.n_atoms, tuple(items), outside * correction.glue, budget_ms, _borders(match, state.costs), limits
+    )
     return clean(problem)[0]
-
-
-def outside_ms(match: MatchResult, costs: CostTable) -> float:
-    """What the network takes outside every region, those that hold others included, by the table."""
-    return max(0.0, costs.glue_ms - costs.scale * sum(inner_glue(match, costs.rows).values()))
 
 
 def inside_ms(costs: CostTable, candidate: str, precision: str, ms: float) -> float:
@@ -65,7 +61,9 @@ def _kind(candidate: str, precision: str) -> str:
 def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, ...]:
     """Milliseconds by kind, in the order of `Correction`'s fields, of a plan made from `costs`, uncorrected."""
     now = asdict(costs.correction)
-    inside = dict.fromkeys(now, 0.0) | {"glue": outside_ms(match, costs) * now["glue"]}
+    shares, outside = glue_shares(match, costs)
+    glue = outside + sum(shares[c.region] for c in plan.choices)
+    inside = dict.fromkeys(now, 0.0) | {"glue": glue * now["glue"]}
     for c in plan.choices:
         inside[_kind(c.candidate, c.precision)] += c.cost_ms
     inside["borders"] = max(0.0, plan.predicted_latency_ms - sum(inside.values()))
@@ -92,8 +90,11 @@ def specs_of(state: State) -> dict[str, CandidateSpec]:
 
 
 def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
-    """A solution in the plan's terms, with each region's runner-up (least score among the unchosen)."""
+    """A solution in the plan's terms, with each region's runner-up (least score among the unchosen). Choices' costs are
+    their own, without their shares of what lies between the layers of a block that holds them."""
     assert state.match is not None and state.costs is not None
+    shares, _ = glue_shares(state.match, state.costs)
+    borne = {name: ms * state.costs.correction.glue for name, ms in shares.items()}
     choices = []
     for index in solution.items:
         item = problem.items[index]
@@ -112,8 +113,8 @@ def make_plan(state: State, problem: Problem, solution: Solution) -> Plan:
                 candidate=item.candidate,
                 precision=item.precision,
                 score=item.score,
-                cost_ms=item.cost,
-                teacher_cost_ms=teacher,
+                cost_ms=item.cost - borne[item.region],
+                teacher_cost_ms=teacher - borne[item.region],
                 runner_up=f"{second.candidate} {second.precision}" if second else "",
             )
         )

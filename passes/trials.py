@@ -11,7 +11,7 @@ from hantc.core.types import Correction, CostTable, Protocol
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
 from hantc.passes.meter import Meter
-from hantc.passes.program import make_plan, outside_ms, parts_of, specs_of
+from hantc.passes.program import make_plan, parts_of, specs_of
 from hantc.passes.state import Context, Evaluated, State
 from hantc.search.correction import fit_factors
 from hantc.search.problem import Problem, Solution
@@ -66,9 +66,9 @@ def measure_students(state: State, ctx: Context, problem: Problem, solutions: Se
 
 def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
     """The table corrected by what whole students took; the teacher itself counts as one of them."""
-    assert state.costs is not None and state.match is not None
-    costs, outside = state.costs, outside_ms(state.match, state.costs)
-    teacher = replace(_NOTHING, own=costs.teacher_ms - outside, glue=outside)
+    assert state.costs is not None
+    costs = state.costs
+    teacher = replace(_NOTHING, own=costs.teacher_ms - costs.glue_ms, glue=costs.glue_ms)
     parts, measured = [t[0] for t in seen] + [astuple(teacher)], [t[1] for t in seen] + [costs.teacher_ms]
     factors = fit_factors(parts, measured, list(_SPREAD.values()), _TOGETHER)
     return replace(costs, correction=Correction(**dict(zip(_SPREAD, factors, strict=True))))

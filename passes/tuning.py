@@ -244,8 +244,10 @@ def goal(found: Mapping[str, float], untrained: Mapping[str, float]) -> float:
     """What fine-tuning is judged by on the search split: the distance from the teacher and, as far as that is below
     the untrained student's, the cross-entropy with the labels. What training adds to the latter says nothing: a teacher
     may know the images by heart, a student that was just made from it does too, and forgets them as it learns."""
-    labels = min(found["ce"], untrained["ce"])
-    return found["kl"] + (labels if math.isfinite(labels) else 0.0)
+    labels = untrained["ce"]
+    if not math.isfinite(labels):
+        return found["kl"]
+    return found["kl"] + (found["ce"] if found["ce"] < labels else labels)
 
 
 def _climb(loss: Callable[[int], float], start: int, n: int) -> int:

@@ -8,6 +8,7 @@ model's, with the GPU's ceilings, and numbers are ONNX Runtime's on the CPU. Whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,15 @@ class _Handle:
     no_feeds: str  # why there are no timing feeds, or ""
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What there is to work with. `trouble`: why a GPU that is here is not used."""
+
+    sdk: sdk.Sdk | None
+    gpu: gpu.Gpu | None
+    trouble: str
+
+
 class TensorRTBackend:
     """Builds engines for one kind of GPU, `capability`, whose ceilings are `machine`; runs and times them where such a
     GPU is here. Without a `capability`: for the GPU that is here, else for an L4."""
@@ -57,50 +67,56 @@ class TensorRTBackend:
     name = "tensorrt"
 
     def __init__(self, capability: str | None = None, machine: Machine = L4) -> None:
-        if capability is None:
-            capability = here.capability if (here := gpu.find()) is not None else _USUAL
-        self.capability, self.machine = capability, machine
+        self.capability, self.machine = capability or _USUAL, machine
+        if capability is None and (found := gpu.find()) is not None:
+            self.capability = found.capability
+            if self._ready.gpu is None:  # it is of no use
+                self.capability = _USUAL
+                del self._ready
 
     @cached_property
-    def _found(self) -> gpu.Found | None:
-        return gpu.find(self.capability)
-
-    @cached_property
-    def _choice(self) -> tuple[sdk.Sdk | None, str]:
-        return sdk.choose(self.capability, here=self._found is not None)
+    def _ready(self) -> _Ready:
+        """The package that builds, and the GPU if one is here and an engine of it has shown that it runs there."""
+        trouble = ""
+        found = gpu.find(self.capability)
+        if found is not None:
+            for used in sdk.builders(self.capability, here=True):
+                try:
+                    opened = gpu.Gpu(found)
+                    _prove(used, opened)
+                except Exception as e:  # what a driver and a library of other versions say to each other
+                    trouble = f"{found.name} is here but not used: {getattr(e, 'message', None) or e}"
+                else:
+                    return _Ready(used, opened, "")
+        ahead = sdk.builders(self.capability, here=False)
+        return _Ready(ahead[0] if ahead else None, None, trouble)
 
     @property
     def _sdk(self) -> sdk.Sdk:
-        chosen, reason = self._choice
-        if chosen is None:
-            raise HantcError(reason)
-        return chosen
+        if self._ready.sdk is None:
+            raise HantcError(sdk.missing(self.capability))
+        return self._ready.sdk
 
-    @cached_property
-    def _opened(self) -> tuple[gpu.Gpu | None, str]:
-        """The GPU if one is here and an engine has shown that it runs there; else None, and what went wrong."""
-        if self._found is None:
-            return None, ""
-        try:
-            opened = gpu.Gpu(self._found)
-            _prove(self._sdk, opened)
-        except Exception as e:  # what a driver and a library of other versions say to each other
-            return None, f"{self._found.name} is here but not used: {getattr(e, 'message', None) or e}"
-        return opened, ""
+    @property
+    def _here(self) -> gpu.Gpu | None:
+        here = self._ready.gpu
+        if here is not None:
+            here.select()
+        return here
 
     def capabilities(self) -> Capabilities:
         """FP16 and INT8, if engines for the GPU can be built here; measures if it is here."""
-        chosen, reason = self._choice
+        chosen, here, trouble = self._ready.sdk, self._ready.gpu, self._ready.trouble
         versions: tuple[tuple[str, str], ...] = (
             ((chosen.package, chosen.version),) if chosen is not None else ((sdk.RTX, ""),)
         )
         flags = (self.capability, *predicted.ceilings(self.machine))
         device = Device(f"{self.machine.name} ({self.capability})", flags, cores=1, versions=versions)
         if chosen is None:
-            return Capabilities(False, reason, (), device, measures=False)
+            reason = sdk.missing(self.capability)
+            return Capabilities(False, reason, (), device, measures=False, notes=(trouble,) if trouble else ())
         builds = f"{chosen.package} {chosen.version} builds engines for"
         precisions = ("fp16", "int8")
-        here, trouble = self._opened
         if here is not None:
             found = here.found
             versions = (*versions, ("CUDA driver", found.driver))
@@ -132,7 +148,7 @@ class TensorRTBackend:
     def build(self, model: onnx.ModelProto, spec: BuildSpec) -> Artefact:
         """An engine on the GPU where it is here, for batches of up to `spec.batch`; else a check and a prediction.
         ModelError if TensorRT does not take the model."""
-        here, _ = self._opened
+        here = self._here
         if here is None:
             artefact = predicted.build(model, self.machine, spec)
             engine.parse(self._sdk, model)
@@ -145,22 +161,28 @@ class TensorRTBackend:
     def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
         """Interleaved latencies by the GPU's own events (`hantc.core.timing`); or the predictions, with no spread and
         no samples."""
-        here, _ = self._opened
+        here = self._here
         if here is None:
             return predicted.timings(artefacts)
-        return measure_artefacts(artefacts, protocol, _bound_run, lambda e: f"TensorRT fails: {e}", here.clock())
+        return measure_artefacts(artefacts, protocol, _bound_run, lambda e: f"TensorRT fails: {e}", here.clock)
 
     def run(self, artefact: Artefact, feeds: Feeds) -> list[np.ndarray[Any, Any]]:
         """Run on the GPU; or with ONNX Runtime, for the numbers. ModelError if it cannot."""
-        if self._opened[0] is None:
+        if self._here is None:
             return predicted.run(artefact, feeds)
         handle: _Handle = artefact.handle
-        found = handle.session.run(feeds)
+        try:
+            found = handle.session.run(feeds)
+        except HantcError:
+            raise
+        except Exception as e:  # TensorRT's and numpy's share no base class
+            raise ModelError(f"TensorRT cannot run the model: {e}") from e
         return [found[name] for name in handle.outputs]
 
     def deploy(self, model: onnx.ModelProto, spec: BuildSpec) -> Deployed:
         """The engine for batches of up to `spec.batch`, with its layers' types and the builder's messages; where its
         GPU is here, what it is made of and how far its outputs are from ONNX Runtime's in FP32."""
+        here = self._here
         made = engine.build(self._sdk, model, self.capability, spec.batch)
         facts = {
             "compute_capability": self.capability,
@@ -172,8 +194,11 @@ class TensorRTBackend:
             "float32_layers": list(made.float32),
             "messages": list(made.messages),
         }
-        if (here := self._opened[0]) is not None:
-            facts |= self._checked(model, made.data, spec, here)
+        if here is not None:
+            try:
+                facts |= self._checked(model, made.data, spec, here)
+            except Exception as e:  # the engine is there all the same
+                facts["not_run"] = str(getattr(e, "message", None) or e)
         return Deployed(made.data, ENGINE, facts)
 
     def _checked(self, model: onnx.ModelProto, data: bytes, spec: BuildSpec, here: gpu.Gpu) -> Mapping[str, Any]:
@@ -182,8 +207,9 @@ class TensorRTBackend:
         found = session.run(feeds)
         want = predicted.run(predicted.build(model, self.machine, spec), feeds)
         pairs = zip((found[n] for n in _outputs(model)), want, strict=True)
-        away = [float(np.abs(g.astype(float) - w).max() / max(np.abs(w).max(), 1e-12)) for g, w in pairs]
-        return {"run_on": here.found.name, "kernels": dict(session.kernels()), "relative_error": max(away, default=0.0)}
+        away = [float(np.abs(g.astype(float) - w).max() / max(np.abs(w).max(), 1e-12)) for g, w in pairs if w.size]
+        error = max(away, default=0.0) if all(map(math.isfinite, away)) else None  # FP16 overflows on random input
+        return {"run_on": here.found.name, "kernels": dict(session.kernels()), "relative_error": error}
 
 
 def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:

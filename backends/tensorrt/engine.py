@@ -44,21 +44,31 @@ class _Parsed:
     network: Any
     builder: Any
     parser: Any
-    log: Any
+    messages: list[str]  # what TensorRT has said since
+
+
+def listen(sdk: Sdk) -> list[str]:
+    """A list of what TensorRT says from now on, until somebody else listens."""
+    sdk.log.messages = []
+    heard: list[str] = sdk.log.messages
+    return heard
 
 
 def parse(sdk: Sdk, model: onnx.ModelProto) -> _Parsed:
     """The model as a strongly typed network. ModelError with the parser's reason if TensorRT does not take it."""
-    trt, log = sdk.module, make_log(sdk)
-    builder = trt.Builder(log)
+    trt, heard = sdk.module, listen(sdk)
+    builder = trt.Builder(sdk.log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, sdk.log)
     if not parser.parse(model.SerializeToString()) or not network.num_outputs:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         errors = [e for e in errors if "CUDA driver" not in e.desc()] or errors  # that no GPU is here is no reason
         text = "; ".join(f"{e.desc()} (node {e.node_name() or e.node()})" for e in errors) or "it has no outputs"
         raise ModelError(f"TensorRT does not take the model: {text}")
-    return _Parsed(network, builder, parser, log)
+    names = [network.get_input(i).name for i in range(network.num_inputs)]
+    if strange := [n for n in names if n not in {v.name for v in model.graph.input}]:
+        raise ModelError(f"TensorRT does not take the model: it renames an input that is an output too ({strange[0]})")
+    return _Parsed(network, builder, parser, heard)
 
 
 def build(sdk: Sdk, model: onnx.ModelProto, capability: str, batch: int) -> Engine:
@@ -77,7 +87,7 @@ def build(sdk: Sdk, model: onnx.ModelProto, capability: str, batch: int) -> Engi
             raise HantcError(f"{sdk.package} does not build for {capability}")
     layers, products, float32 = _types(network)
     data = builder.build_serialized_network(network, config)
-    messages = tuple(dict.fromkeys(parsed.log.messages))
+    messages = tuple(dict.fromkeys(parsed.messages))
     if data is None:
         raise HantcError(f"TensorRT builds no engine for {capability}: {'; '.join(messages) or 'without a reason'}")
     seconds = time.monotonic() - started
@@ -121,22 +131,3 @@ def _types(network: Any) -> tuple[dict[str, int], dict[str, int], tuple[str, ...
         if dtype.name == "FLOAT" and layer.type.name not in _MOVING:
             float32.append(layer.name)
     return dict(count), dict(products), tuple(float32)
-
-
-def make_log(sdk: Sdk) -> Any:
-    """A logger that keeps `messages`, warnings and worse."""
-    trt = sdk.module
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # tensorrt is untyped
-        """Keeps what the builder says instead of printing it."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            """Warnings and worse."""
-            if severity <= trt.ILogger.Severity.WARNING:
-                self.messages.append(msg.strip())
-
-    return Log()

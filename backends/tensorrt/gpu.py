@@ -42,7 +42,10 @@ def find(capability: str | None = None) -> Found | None:
     if int(error):
         return None
     for index in range(count):
-        found = _describe(index)
+        try:
+            found = _describe(index)
+        except HantcError:  # one that is in a bad state is as good as none
+            continue
         if capability in (None, found.capability):
             return found
     return None
@@ -75,9 +78,14 @@ class Gpu:
 
     def __init__(self, found: Found) -> None:
         self.found, self._cuda = found, cuda
-        checked(self._cuda.cudaSetDevice(found.index))
+        self.select()
         self._stream = checked(self._cuda.cudaStreamCreate())
         self.stream = int(self._stream)
+        self.clock = Clock(self._stream)
+
+    def select(self) -> None:
+        """Make it the one that this thread's calls are for."""
+        checked(self._cuda.cudaSetDevice(self.found.index))
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes on the GPU."""
@@ -103,14 +111,10 @@ class Gpu:
         """Until all that stands on the stream is done."""
         checked(self._cuda.cudaStreamSynchronize(self._stream))
 
-    def clock(self) -> Clock:
-        """A clock of this GPU's stream."""
-        return Clock(self._stream)
-
 
 class Clock:
-    """Nanoseconds by events: what stands on the stream between two calls takes their difference, as the GPU has it.
-    Each call waits for all that came before."""
+    """Nanoseconds by events: what is put on the stream between two calls takes their difference, as the GPU has it,
+    with the time that the first of it takes to get there. Each call waits for all that came before."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._ns = stream, 0

@@ -7,6 +7,7 @@ GPU that is here, for data-centre GPUs too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
 
@@ -35,7 +36,28 @@ class Sdk:
         names = dir(self.module.ComputeCapability) if self.ahead else ()
         return tuple(sorted((n for n in names if n.startswith("SM")), key=lambda n: int(n[2:])))
 
+    @cached_property
+    def log(self) -> Any:
+        """The one logger of all builders and runtimes, which keeps `messages`, warnings and worse: TensorRT holds on to
+        the first that it is given, and complains of others."""
+        trt = self.module
 
+        class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # tensorrt is untyped
+            """Keeps what TensorRT says instead of printing it."""
+
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.messages: list[str] = []
+
+            def log(self, severity: Any, msg: str) -> None:
+                """Warnings and worse."""
+                if severity <= trt.ILogger.Severity.WARNING:
+                    self.messages.append(msg.strip())
+
+        return Log()
+
+
+@cache
 def load(package: str) -> Sdk | None:
     """The package; None if it is not installed, or broken."""
     try:
@@ -45,18 +67,19 @@ def load(package: str) -> Sdk | None:
     return Sdk(package, module) if hasattr(module, "Builder") else None  # an empty folder can be imported too
 
 
-def choose(capability: str, *, here: bool) -> tuple[Sdk | None, str]:
-    """The package that builds for GPUs of `capability`, the full one first where such a GPU is `here`; or None, and
-    what is missing."""
+def builders(capability: str, *, here: bool) -> tuple[Sdk, ...]:
+    """The packages that build for GPUs of `capability`; the full one first where such a GPU is `here`."""
     full, rtx = load(FULL) if here else None, load(RTX)
-    if full is not None:
-        return full, ""
-    if rtx is not None and capability in rtx.capabilities:
-        return rtx, ""
+    ahead = rtx if rtx is not None and capability in rtx.capabilities else None
+    return tuple(s for s in (full, ahead) if s is not None)
+
+
+def missing(capability: str) -> str:
+    """Why there is no builder for GPUs of `capability`."""
+    rtx = load(RTX)
     if rtx is None:
-        return None, f"the package {RTX} is not installed (pip install {RTX})"
-    known = ", ".join(rtx.capabilities)
-    return None, (
-        f"{RTX} {rtx.version} builds for {known}, not for {capability}; that takes NVIDIA's full {FULL} (pip install "
-        f"{FULL}) on a machine with such a GPU"
+        return f"the package {RTX} is not installed (pip install {RTX})"
+    return (
+        f"{RTX} {rtx.version} builds for {', '.join(rtx.capabilities)}, not for {capability}; that takes NVIDIA's full "
+        f"{FULL} (pip install {FULL}) on a machine with such a GPU"
     )

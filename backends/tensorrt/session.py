@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hantc.backends.tensorrt.engine import make_log
+from hantc.backends.tensorrt.engine import listen
 from hantc.backends.tensorrt.gpu import Gpu
 from hantc.backends.tensorrt.sdk import Sdk
 from hantc.core.backend_api import Feeds
@@ -25,14 +25,15 @@ class Session:
 
     def __init__(self, sdk: Sdk, gpu: Gpu, data: bytes) -> None:
         trt = self._trt = sdk.module
-        self._gpu, self._log = gpu, make_log(sdk)
-        self._runtime = trt.Runtime(self._log)
+        self._gpu, self._sdk = gpu, sdk
+        heard = listen(sdk)
+        self._runtime = trt.Runtime(sdk.log)
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
-            raise self._refusal("does not load the engine")
+            raise self._refusal("does not load the engine", heard)
         self._context = self._make_context()
         if self._context is None:
-            raise self._refusal("cannot run the engine")
+            raise self._refusal("cannot run the engine", heard)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         fed = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.inputs, self._outputs = tuple(fed), tuple(n for n in names if n not in fed)
@@ -50,8 +51,8 @@ class Session:
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         return self._engine.create_execution_context(config)
 
-    def _refusal(self, what: str) -> ModelError:
-        told = "; ".join(dict.fromkeys(self._log.messages)) or "it does not say why"
+    def _refusal(self, what: str, heard: list[str]) -> ModelError:
+        told = "; ".join(dict.fromkeys(heard)) or "it does not say why"
         return ModelError(f"TensorRT {what} on {self._gpu.found.name}: {told}")
 
     def feed(self, feeds: Feeds) -> None:
@@ -105,7 +106,7 @@ class Session:
     def enqueue(self) -> None:
         """Put one run on the stream. ModelError if TensorRT refuses it."""
         if not self._context.execute_async_v3(self._gpu.stream):
-            raise self._refusal("fails while running the model")
+            raise self._refusal("fails while running the model", self._sdk.log.messages[-1:])
 
     def fetch(self) -> dict[str, Array]:
         """The outputs of the last run, by name."""
@@ -116,10 +117,30 @@ class Session:
         return found
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Outputs by name. ModelError if the feeds do not fit the model."""
-        self.feed(feeds)
-        self.enqueue()
-        return self.fetch()
+        """Outputs by name, for any number of images: in as many runs as the engine's largest batch asks for. ModelError
+        if the feeds do not fit the model."""
+        most = self._most(feeds)
+        if most is None:
+            self.feed(feeds)
+            self.enqueue()
+            return self.fetch()
+        n = max(len(a) for a in feeds.values())
+        free = {name for name in feeds if name in self.inputs and self._free(name)}
+        parts = [
+            self.run({k: a[i : i + most] if k in free else a for k, a in feeds.items()}) for i in range(0, n, most)
+        ]
+        return {k: np.concatenate([p[k] for p in parts]) if self._free(k) else parts[0][k] for k in parts[0]}
+
+    def _free(self, name: str) -> bool:
+        """Whether a tensor's first dim is the batch, and open."""
+        return tuple(self._engine.get_tensor_shape(name))[:1] == (-1,)
+
+    def _most(self, feeds: Feeds) -> int | None:
+        """The engine's largest batch, if the feeds' is larger."""
+        open_ = [n for n, a in feeds.items() if n in self.inputs and np.ndim(a) and self._free(n)]
+        highest = [tuple(self._engine.get_tensor_profile_shape(name, 0)[2]) for name in open_]
+        most = min((int(shape[0]) for shape in highest), default=0)
+        return most if any(len(feeds[name]) > most for name in open_) else None
 
     def bound(self, feeds: Feeds) -> Callable[[], None]:
         """A call that puts one run on these feeds on the stream."""
@@ -138,10 +159,12 @@ class Session:
 def summarise(text: str) -> Mapping[str, Any]:
     """The inspector's JSON in short. Layers are names alone, or objects with their tensors, as the engine was built."""
     try:
-        layers = json.loads(text).get("Layers", [])
-    except (json.JSONDecodeError, AttributeError):
+        layers = json.loads(text)["Layers"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        layers = None
+    if not isinstance(layers, list):
         return {"layers": None, "fused": [], "types": {}}
-    named = [layer if isinstance(layer, str) else str(layer.get("Name", "")) for layer in layers]
+    named = [str(layer.get("Name", "")) if isinstance(layer, Mapping) else str(layer) for layer in layers]
     types: Counter[str] = Counter()
     for layer in layers:
         made = layer.get("Outputs") if isinstance(layer, Mapping) else None

@@ -223,13 +223,13 @@ def test_a_session_takes_what_the_engine_was_built_for(monkeypatch: pytest.Monke
     model = conv_net()
     artefact, plain = backend.build(model, SPEC), OnnxRuntimeBackend().build(model, SPEC)
     rng = np.random.default_rng(0)
-    for batch in (1, 16, 3):  # memory grows, and is used again
+    for batch in (1, 16, 3, 50):  # memory grows, and is used again; 50 are four runs
         x = rng.standard_normal((batch, 3, 8, 8)).astype(np.float32)
         (got,) = backend.run(artefact, {"x": x})
         (want,) = OnnxRuntimeBackend().run(plain, {"x": x})
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match="may not have the shape"):
-        backend.run(artefact, {"x": np.zeros((17, 3, 8, 8), np.float32)})
+        backend.run(artefact, {"x": np.zeros((1, 3, 8, 9), np.float32)})
     assert cuda.memory
     del artefact
     gc.collect()
@@ -248,6 +248,49 @@ def test_a_gpu_that_fails_is_told_and_not_used(monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_gpu_calls
+def test_a_gpu_in_a_bad_state_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, cuda = emulate(monkeypatch)
+    monkeypatch.setattr(cuda, "cudaGetDeviceProperties", lambda index: (46, None))
+    for backend in (TensorRTBackend(), TensorRTBackend("SM89")):
+        caps = backend.capabilities()
+        assert caps.available and not caps.measures and backend.capability == "SM89"
+
+
+@needs_gpu_calls
+def test_without_a_target_it_is_for_the_gpu_that_is_here_if_that_is_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as known:
+        emulate(known, capability=(8, 6))
+        assert TensorRTBackend().capability == "SM86" and TensorRTBackend().capabilities().measures
+    emulate(monkeypatch, capability=(9, 0))
+    backend = TensorRTBackend()
+    assert backend.capability == "SM89" and backend.capabilities().available and not backend.capabilities().measures
+
+
+@needs_gpu_calls
+def test_an_engine_that_cannot_be_tried_is_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, cuda = emulate(monkeypatch)
+    assert backend.capabilities().measures
+    cuda.out_of_memory = True
+    made = backend.deploy(to_fp16(conv_net()), SPEC)
+    assert made.data and "out of memory" in made.facts["not_run"]
+
+
+@needs_sdk
+def test_an_output_that_is_an_input_is_refused() -> None:
+    """TensorRT gives the input another name."""
+    model = conv_net()
+    model.graph.output.append(model.graph.input[0])
+    with pytest.raises(ModelError, match="renames an input"):
+        engine.parse(_rtx(), model)
+
+
+@needs_sdk
+def test_builders_do_not_speak_of_each_other() -> None:
+    parsed = [engine.parse(_rtx(), conv_net()) for _ in range(3)]
+    assert [p.messages for p in parsed] == [[], [], []]
+
+
+@needs_gpu_calls
 def test_another_gpu_is_not_the_one_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, capability=(8, 6))
     caps = TensorRTBackend("SM89").capabilities()
@@ -259,15 +302,17 @@ def test_the_full_package_builds_for_the_gpu_that_is_here(monkeypatch: pytest.Mo
     full = sdk.Sdk(sdk.FULL, SimpleNamespace(__version__="11.4"))
     both = {sdk.FULL: full, sdk.RTX: RTX}
     monkeypatch.setattr(sdk, "load", both.get)
-    assert sdk.choose("SM90", here=True) == (full, "")
-    assert sdk.choose("SM89", here=False) == (RTX, "")
-    assert sdk.choose("SM90", here=False)[0] is None and not full.capabilities
+    assert sdk.builders("SM90", here=True) == (full,) and sdk.builders("SM89", here=True) == (full, RTX)
+    assert sdk.builders("SM89", here=False) == (RTX,) and not full.capabilities
+    assert sdk.builders("SM90", here=False) == () and "not for SM90" in sdk.missing("SM90")
 
 
 def test_what_the_inspector_says_in_short() -> None:
     names = session.summarise('{"Layers": ["conv1 + relu1", "fc"], "Bindings": ["x"]}')
     assert names == {"layers": 2, "fused": ["conv1 + relu1"], "types": {}}
-    assert session.summarise("no JSON")["layers"] is None
+    for odd in ("no JSON", '{"Layers": null}', "[]", "{}"):
+        assert session.summarise(odd)["layers"] is None
+    assert session.summarise('{"Layers": [null]}')["layers"] == 1
 
 
 @needs_gpu_calls

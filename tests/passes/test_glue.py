@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hantc.core.types import CostRow, CostTable, MatchResult
+from hantc.core.types import Correction, CostRow, CostTable, MatchResult
 from hantc.passes.glue import balance, glue_shares, inner_glue, measure_glue
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_problem
@@ -96,7 +96,24 @@ def test_what_lies_inside_counts_once_and_blocks_bear_it() -> None:
     match, rows = nested(), [*ROWS[:3], cost("w2", "teacher", "fp32", 7.0), cost("w3", "teacher", "fp32", 10.5)]
     assert inner_glue(match, rows) == pytest.approx({"w2": 3.0, "w3": 1.5})
     wanted = {"r00": 1.5 + 0.5, "r01": 1.5 + 0.5, "r02": 0.5, "w2": 1.0, "w3": 0.0}
-    assert glue_shares(match, rows) == pytest.approx(wanted)
+    shares, outside = glue_shares(match, CostTable(tuple(rows), teacher_ms=11.0, glue_ms=5.0))
+    assert shares == pytest.approx(wanted) and outside == pytest.approx(0.5)
+    rows[3] = cost("w2", "teacher", "fp32", 1e9)
+    assert inner_glue(match, rows) == pytest.approx({"w2": 0.0, "w3": 4.5}), "the engine does not take it alone"
+
+
+@pytest.mark.parametrize(("glue_ms", "scale"), [(5.0, 1.0), (5.0, 0.9), (2.0, 1.0), (0.0, 1.1)])
+def test_every_cover_of_the_teachers_own_parts_is_the_teacher(glue_ms: float, scale: float) -> None:
+    """Also where the glue was not measured and is less than what lies inside the wholes."""
+    match = nested()
+    rows = (*ROWS[:3], cost("w2", "teacher", "fp32", 7.0), cost("w3", "teacher", "fp32", 10.5))
+    table = CostTable(rows, teacher_ms=6.0 * scale + glue_ms, glue_ms=glue_ms, scale=scale)
+    scores = tuple(score(r.region, r.candidate, r.precision, 0.0) for r in rows)
+    for correction in (Correction(), Correction(own=1.2, floats=1.2, int8=1.2, borders=1.2, glue=1.2)):
+        costs = replace(table, correction=correction)
+        problem = make_problem(replace(state_of(chain()), match=match, costs=costs, scores=scores), math.inf)
+        blocks = [i.cost for i in problem.items if len(i.atoms) == 1]
+        assert problem.fixed_cost + sum(blocks) == pytest.approx(correction.own * table.teacher_ms)
 
 
 def test_what_replaces_a_whole_is_rid_of_what_lies_inside() -> None:
