@@ -152,7 +152,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
     from hantc.dialect.input_shape import fix_inputs
     from hantc.dialect.pattern import installed
     from hantc.dialect.rewrites.normalize import normalize
-    from hantc.passes.load import survives
+    from hantc.passes.load import check_runs, survives
     from hantc.passes.match import match_regions
     from hantc.report.regions import regions_table
 
@@ -163,6 +163,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
         survives(model, file)
         model = fix_inputs(model, parse_shapes(args.input_shape or ()))
         network = import_model(dequantized(model).model, where=file)
+    check_runs(network, file)
     found = match_regions(normalize(network)[0], named=args.region, patterns=installed())
     return show(args, lambda: asdict(found), lambda: regions_table(found, why=args.why))
 

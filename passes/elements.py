@@ -60,11 +60,23 @@ def main_line(module: fx.GraphModule, tensors: Collection[str]) -> list[Element]
         chain.append(after)
     found = []
     for entry, exit_ in itertools.pairwise(chain):
-        inside = (nx.descendants(g, entry) & nx.ancestors(g, exit_)) | {exit_}
+        inside = _between(g, entry, exit_)
         names = tuple(sorted(inside - {SINK}, key=order.__getitem__))
         if entry == SOURCE and names and names[-1] in inputs:
             continue
         found.append(Element(entry, exit_, names))
+    return found
+
+
+def _between(g: Any, entry: str, exit_: str) -> set[str]:
+    """`exit_`, and what lies between it and `entry`, which every path to it passes: so nothing else needs a look, and
+    a long graph takes no longer than its parts."""
+    found, stack = {exit_}, [exit_]
+    while stack:
+        for node in g.predecessors(stack.pop()):
+            if node != entry and node not in found:
+                found.add(node)
+                stack.append(node)
     return found
 
 
@@ -98,7 +110,7 @@ def _part(
         entry = before.get(entry) if before.get(entry) != entry else None
     if entry is None or entry == exit_ or exit_ not in tensors:
         return None
-    inside = (nx.descendants(g, entry) & nx.ancestors(g, exit_)) | {exit_}
+    inside = _between(g, entry, exit_)
     if any(not _passes(n, exit_, after) for n in inside):
         return None
     return Element(entry, exit_, tuple(sorted(inside, key=order.__getitem__)))

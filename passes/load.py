@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from onnx import ModelProto
+from torch import fx
 
 from hantc.core.errors import DataError, HantcError, ModelError
 from hantc.dialect.agreement import disagreement
@@ -27,6 +29,27 @@ def survives(model: ModelProto, where: str) -> None:
         check_survives(model)
     except ModelError as error:
         raise ModelError(error.message, where=where, hint=error.hint) from error
+
+
+def check_runs(network: fx.GraphModule, where: str) -> None:
+    """ModelError, naming the node, unless the graph computes something from an example input: what a file says of a
+    node may be nonsense that only shows when it is computed."""
+    at = ""
+
+    class Follow(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            nonlocal at
+            at = n.meta.get("onnx_name") or n.name
+            return super().run_node(n)
+
+    try:
+        with torch.no_grad():
+            Follow(network).run(*example_inputs(network.meta["info"], 1))
+    except HantcError as error:
+        raise ModelError(error.message, where=where, hint=error.hint) from error
+    except Exception as error:  # torch and ONNX Runtime raise many types
+        told = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ModelError(f"node {at!r} cannot be computed: {told[:300]}", where=where) from error
 
 
 def _how(apart: float) -> str:
@@ -52,6 +75,7 @@ class Load:
         teacher = import_model(state.model, where=where)
         for name, leaf in opaque_leaves(teacher):
             ctx.reporter.event("opaque", node=name, op=leaf.proto.op_type, reason=leaf.reason)
+        check_runs(teacher, where)
         info = teacher.meta["info"]
         apart = disagreement(state.model, teacher)
         if apart > _APART:
@@ -67,8 +91,6 @@ class Load:
 
     @staticmethod
     def _check(teacher: object, state: State, ctx: Context) -> None:
-        from torch import fx
-
         assert isinstance(teacher, fx.GraphModule) and ctx.data is not None
         try:
             kind = output_kind(teacher, example_inputs(teacher.meta["info"], 2)[0], ctx.data.num_classes)

@@ -42,6 +42,10 @@ def load_onnx(path: str | Path) -> ModelProto:
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf and onnx raise unrelated types on broken files
+        told = str(error).strip().splitlines()[:1]
+        if told and any(word in told[0] for word in ("xternal", "TensorProto (")):  # weights in files of their own
+            hint = "external weights are read from the model's own folder alone, from plain files"
+            raise ModelError(f"its weights cannot be read: {told[0][:300]}", where=str(path), hint=hint) from error
         raise ModelError(
             f"not a readable ONNX file ({type(error).__name__})", where=str(path), hint="is the file whole?"
         ) from error
@@ -237,7 +241,15 @@ def _add(b: _Build, node: NodeProto) -> None:
     try:
         leaf, args = _native(b, node, used)
         outputs = used
-    except (UnsupportedError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+    except (
+        UnsupportedError,
+        LookupError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         leaf, args = _kept(b, node, error)
         outputs = tuple(o for o in node.output if o)
     target = b.fresh(re.sub(r"\W", "_", node.op_type).lower())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hantc.dialect.graph import standalone_info
 from hantc.dialect.importer import import_model
 from hantc.dialect.linear import Linear
 from hantc.dialect.shape import Concat
+from hantc.passes import elements
 from hantc.passes.cost import Cost
 from hantc.passes.engine import divergence, output_kind
 from hantc.passes.glue import inner_glue
@@ -238,3 +240,24 @@ def test_a_whole_does_not_pay_for_what_lies_between_its_blocks_twice(lab: Lab, s
     rest = [r.name for r in blocks if r.name not in inside]
     for cover in ([*inside, *rest], [whole.name, *rest]):
         assert macs.fixed + sum(macs.uses[n, "teacher"] for n in cover) == pytest.approx(macs.teacher)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_lies_between_is_found_by_looking_back_alone(seed: int) -> None:
+    """On random graphs in which every path passes each of the chain's values, against the definition."""
+    rng = np.random.default_rng(seed)
+    g: Any = nx.DiGraph()
+    chain = ["v0"]
+    for k in range(5):
+        entry, exit_ = f"v{k}", f"v{k + 1}"
+        inside = [f"v{k}.{i}" for i in range(int(rng.integers(0, 6)))]
+        for i, name in enumerate(inside):
+            before = [entry, *inside[:i]]
+            g.add_edges_from((before[int(j)], name) for j in rng.integers(0, len(before), 2))
+            g.add_edge(name, exit_)
+        g.add_edge(entry, exit_)
+        chain.append(exit_)
+    for i, entry in enumerate(chain):
+        for exit_ in chain[i + 1 :]:
+            wanted = (nx.descendants(g, entry) & nx.ancestors(g, exit_)) | {exit_}
+            assert elements._between(g, entry, exit_) == wanted
