@@ -11,6 +11,7 @@ from hantc.dialect.rewrites.fold_pad import FoldPad
 from hantc.dialect.rewrites.fuse_act import ClipToRelu, FuseHardSwish, FuseSilu
 from hantc.dialect.rewrites.global_pool import MakeGlobalPool
 from hantc.dialect.rewrites.merge_branches import MergeBranches
+from hantc.dialect.rewrites.merge_clips import MergeClips
 from hantc.dialect.rewrites.merge_convs import MergeConvs
 from hantc.dialect.rewrites.shortcut_conv import ShortcutConv
 from hantc.dialect.rewrites.sink_transpose import SinkTranspose
@@ -20,6 +21,7 @@ REWRITES: tuple[Rewrite, ...] = (
     DropNoops(),
     DropRequantize(),
     SinkTranspose(),
+    MergeClips(),
     ClipToRelu(),
     FuseSilu(),
     FuseHardSwish(),
