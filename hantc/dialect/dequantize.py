@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from hantc.core.errors import UnsupportedError
-from hantc.dialect.dequantize_rules import RULES
+from hantc.dialect.dequantize_rules import RULES, pad
 from hantc.dialect.dequantize_work import Work
 from hantc.dialect.leaf import attributes
 from hantc.dialect.opaque import captured
@@ -27,6 +27,9 @@ class Dequantized:
     model: ModelProto
     ranges: Mapping[str, tuple[float, int]]
     reason: str = ""
+
+
+_PLACES = frozenset({"ArgMax", "ArgMin"})  # tell where a value is, which no scale changes
 
 
 def is_quantized(model: ModelProto) -> bool:
@@ -62,6 +65,10 @@ def _take(work: Work, node: NodeProto) -> None:
         RULES[node.op_type](work, node)
     elif node.op_type == "Cast" and node.input[0] in work.sums:
         work.become(node.output[0], node.input[0])
+    elif node.op_type == "Pad" and node.input[0] in work.floated:
+        pad(work, node)
+    elif node.op_type in _PLACES and node.input[0] in work.floated:
+        work.put(node)
     elif read & work.sums or (read & work.floated and not work.moves(node)):
         raise UnsupportedError(f"{node.op_type} {node.name!r} computes with quantised values")
     else:

@@ -153,6 +153,23 @@ def _max_pool(w: Work, node: NodeProto) -> None:
     w.add("Transpose", [made], f"{made}/channels_last", perm=[0, *range(2, rank), 1])
 
 
+def pad(w: Work, node: NodeProto) -> None:
+    """Of a quantised value: what it is padded with is quantised as the value is."""
+    x, (made,) = node.input[0], node.output
+    filler = list(node.input)
+    if attributes(node).get("mode", "constant") == "constant":
+        if w.opset < 11 or x not in w.ranges:
+            raise UnsupportedError(f"{node.op_type} {node.name!r} of integers")
+        scale, zero = w.ranges[x]
+        value = (w.scalar(fill) if (fill := _name(node, 2)) else 0) - zero
+        name = w.constant(f"{made}/filler", np.array(value * scale, np.float32))
+        filler = [*filler[:2], name, *filler[3:]]
+    w.put(helper.make_node("Pad", filler, [made], name=node.name, **attributes(node)))
+    w.floated.add(made)
+    if x in w.ranges:
+        w.ranges[made] = w.ranges[x]
+
+
 def _concat(w: Work, node: NodeProto) -> None:
     parts = [w.floats(*node.input[i : i + 3]) for i in range(2, len(node.input), 3)]
     made = f"{node.output[0]}/Concat"

@@ -141,6 +141,43 @@ def test_what_onnxruntime_made_of_it(tmp_path: Path, form: Any, act: str) -> Non
     assert error(wanted, run(made.model, x)) < 1.2 * error(wanted, run(given, x))
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+@pytest.mark.parametrize("tail", ["", "ArgMax"])
+def test_padding_and_places_of_quantised_values(tmp_path: Path, mode: str, tail: str) -> None:
+    """What a segmenter has between and behind its convolutions, in ONNX Runtime's QOperator form."""
+    rng = np.random.default_rng(0)
+    weights = {"w1": rng.standard_normal((8, 3, 3, 3)) * 0.3, "w2": rng.standard_normal((5, 8, 3, 3)) * 0.3}
+    values = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
+    values += [numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1]), "pads")]
+    values += [numpy_helper.from_array(np.array(0.5, np.float32), "half")]
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["c1"], name="c1"),
+        helper.make_node("Pad", ["c1", "pads", *(["half"] if mode == "constant" else [])], ["p"], name="p", mode=mode),
+        helper.make_node("Conv", ["p", "w2"], ["c2" if tail else "y"], name="c2"),
+    ]
+    if tail:
+        nodes.append(helper.make_node("ArgMax", ["c2"], ["y"], name="places", axis=1))
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *SHAPE])
+    y = helper.make_tensor_value_info("y", TensorProto.INT64 if tail else TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [x], [y], values)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    quantize_static(
+        str(tmp_path / "m.onnx"), str(tmp_path / "q.onnx"), _Reader(), quant_format=QuantFormat.QOperator,
+        activation_type=QuantType.QUInt8,
+    )  # fmt: skip
+    given = onnx.load(str(tmp_path / "q.onnx"))
+    assert {"Pad", "QLinearConv"} <= {n.op_type for n in given.graph.node}
+    made = dequantized(given)
+    assert made.reason == "" and not any("Linear" in n.op_type for n in made.model.graph.node)
+    images_ = images(16, 5)
+    wanted, got = run(model, images_), run(made.model, images_)
+    if tail:
+        assert (wanted == got).mean() > 0.95
+    else:
+        assert error(wanted, got) < 0.03
+
+
 def contrib(nodes: list[onnx.NodeProto], x: tuple[int, ...], constants: dict[str, Any]) -> ModelProto:
     graph = helper.make_graph(
         nodes,
