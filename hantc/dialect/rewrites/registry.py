@@ -15,11 +15,13 @@ from hantc.dialect.rewrites.merge_clips import MergeClips
 from hantc.dialect.rewrites.merge_convs import MergeConvs
 from hantc.dialect.rewrites.shortcut_conv import ShortcutConv
 from hantc.dialect.rewrites.sink_transpose import SinkTranspose
+from hantc.dialect.rewrites.split_sum import SplitSum
 
 # What clears the way comes first: a no-op between a convolution and its norm would keep them apart.
 REWRITES: tuple[Rewrite, ...] = (
     DropNoops(),
     DropRequantize(),
+    SplitSum(),
     SinkTranspose(),
     MergeClips(),
     ClipToRelu(),
