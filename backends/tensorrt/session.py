@@ -38,7 +38,6 @@ class Session:
         fed = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.inputs, self._outputs = tuple(fed), tuple(n for n in names if n not in fed)
         self._memory: dict[str, tuple[int, int]] = {}  # (address, bytes) by tensor
-        self._shapes: dict[str, tuple[int, ...]] = {}  # of what is fed
         weakref.finalize(self, _release, gpu, self._memory).atexit = False  # the driver frees what is left
 
     def _make_context(self) -> Any:
@@ -124,8 +123,8 @@ class Session:
             self.feed(feeds)
             self.enqueue()
             return self.fetch()
-        n = max(len(a) for a in feeds.values())
         free = {name for name in feeds if name in self.inputs and self._free(name)}
+        n = max(len(feeds[name]) for name in free)
         parts = [
             self.run({k: a[i : i + most] if k in free else a for k, a in feeds.items()}) for i in range(0, n, most)
         ]

@@ -237,6 +237,21 @@ def test_a_session_takes_what_the_engine_was_built_for(monkeypatch: pytest.Monke
 
 
 @needs_gpu_calls
+def test_what_is_no_image_goes_with_every_part_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = emulate(monkeypatch)
+    model = conv_net()
+    model.graph.output[0].name = "z"
+    model.graph.node.append(onnx.helper.make_node("Mul", ["y", "factor"], ["z"]))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("factor", onnx.TensorProto.FLOAT, []))
+    feeds = {"x": np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)}
+    feeds["factor"] = np.array(2, np.float32)
+    (got,) = backend.run(backend.build(model, SPEC), feeds)
+    (want,) = OnnxRuntimeBackend().run(OnnxRuntimeBackend().build(model, SPEC), feeds)
+    assert got.shape == want.shape == (40, 5)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu_calls
 def test_a_gpu_that_fails_is_told_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, cuda = emulate(monkeypatch)
     cuda.out_of_memory = True
