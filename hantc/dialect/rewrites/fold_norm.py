@@ -71,6 +71,12 @@ def _columns(weight: Tensor) -> tuple[int, ...]:
     return (-1,) + (1,) * (weight.dim() - 1)
 
 
+def norm_map(norm: BatchNorm) -> Affine:
+    """What a norm does to its channels in evaluation mode."""
+    scale = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return Affine(scale, norm.bias.detach().double() - norm.running_mean.double() * scale)
+
+
 def after(leaf: Product, affine: Affine) -> Product:
     """`leaf` followed by `affine` on its output channels, as one leaf."""
     weight = leaf.weight.detach().double()
@@ -97,13 +103,15 @@ def before(leaf: Product, affine: Affine) -> Product:
     return rebuilt(leaf, scaled, bias + extra if keep else None)
 
 
-def _why_not_after(gm: fx.GraphModule, node: fx.Node) -> str:
+def why_not_after(gm: fx.GraphModule, node: fx.Node) -> str:
+    """Why a map of `node`'s value cannot go into its parameters; "" if it can."""
     if len(node.users) > 1:
         return f"the value of {node.name} is used elsewhere too"
     return f"the weights of {node.name} are used elsewhere too" if shared(gm, node) else ""
 
 
-def _why_not_before(gm: fx.GraphModule, user: fx.Node, leaf: object, affine: Affine) -> str:
+def why_not_before(gm: fx.GraphModule, user: fx.Node, leaf: object, affine: Affine) -> str:
+    """Why a map of what `user` (which calls `leaf`) reads cannot go into its parameters; "" if it can."""
     if not isinstance(leaf, Conv | Linear):
         return "no convolution or matrix product right before or after it"
     if shared(gm, user):
@@ -121,7 +129,7 @@ def _fold(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, affine: 
         return False
     reason = ""
     if isinstance(leaf, Conv | Linear):
-        reason = _why_not_after(gm, origin)
+        reason = why_not_after(gm, origin)
         made = after(leaf, affine)
         if not all(torch.isfinite(p).all() for p in made.parameters()):
             reason = "the weights would be too large for their type"
@@ -135,7 +143,7 @@ def _fold(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, affine: 
         return False
     users = list(node.users)
     leaves = [leaf_of(gm, u) for u in users]
-    ahead = next((r for u, v in zip(users, leaves, strict=True) if (r := _why_not_before(gm, u, v, affine))), "")
+    ahead = next((r for u, v in zip(users, leaves, strict=True) if (r := why_not_before(gm, u, v, affine))), "")
     if ahead or not users:
         log.miss(reason or ahead, node)
         return False
@@ -162,7 +170,7 @@ def _transposed(gm: fx.GraphModule, log: Log, node: fx.Node, origin: fx.Node, af
     held, names = leaf.held(), list(leaf.proto.input)
     bias = names[2] if len(names) > 2 else ""
     reason = "" if affine.finite else "its constants are not finite"
-    reason = reason or _why_not_after(gm, origin)
+    reason = reason or why_not_after(gm, origin)
     if names[1] not in held or (bias and bias not in held):
         reason = f"the weights of {origin.name} are computed"
     if reason:
@@ -213,10 +221,7 @@ class FoldNorm:
             if _touches_wide_linear(gm, node, lazy):
                 log.miss("the matrix product beside it may run along another dim than the norm", node)
                 continue
-            variance = norm.running_var.double() + norm.eps
-            scale = norm.weight.detach().double() / torch.sqrt(variance)
-            shift = norm.bias.detach().double() - norm.running_mean.double() * scale
-            affine = Affine(scale, shift)
+            affine = norm_map(norm)
             if not _transposed(gm, log, node, source(node), affine):
                 _fold(gm, log, node, source(node), affine, forward=True)
         return log.finish(gm)
@@ -235,6 +240,21 @@ def _affine(op: str, value: Tensor, constant_right: bool) -> Affine | None:
     if op == "Div" and constant_right and bool(c.all()):
         return Affine(1 / c, zero)
     return None
+
+
+def channel_map(gm: fx.GraphModule, node: fx.Node, leaf: Binary, lazy: Lazy) -> tuple[fx.Node, Affine] | None:
+    """(what a node of constant arithmetic scales or shifts channel by channel, how); None where it does otherwise."""
+    operand = constant_operand(gm, node)
+    if operand is None or not operand[1].is_floating_point():
+        return None
+    origin, value, is_right = operand
+    shape = lazy.shape(node)
+    if shape is None or len(shape) < 2 or shape != lazy.shape(origin) or value.dim() > len(shape):
+        return None
+    full = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    along = all(d == 1 for i, d in enumerate(full) if i != 1) and full[1] in (1, shape[1])
+    affine = _affine(leaf.op, value, is_right) if along else None
+    return (origin, affine) if affine is not None else None
 
 
 def _why_not_channels(leaf: Product, value: Tensor, lazy: Lazy, node: fx.Node) -> str:

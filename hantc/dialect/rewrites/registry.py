@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hantc.dialect.rewrites.base import Rewrite
+from hantc.dialect.rewrites.carry_norm import CarryNorm
 from hantc.dialect.rewrites.commute_pool import CommutePool
 from hantc.dialect.rewrites.drop_noops import DropNoops
 from hantc.dialect.rewrites.drop_requantize import DropRequantize
@@ -30,6 +31,7 @@ REWRITES: tuple[Rewrite, ...] = (
     MakeGlobalPool(),
     ShortcutConv(),
     FoldPad(),
+    CarryNorm(),
     FoldNorm(),
     FoldAffine(),
     MergeBranches(),
