@@ -1,7 +1,8 @@
-"""Explicit zero padding, taken in by the convolution or pooling after it."""
+"""Explicit padding, taken in by the convolution or pooling after it."""
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from hantc.dialect.activation import Clip, Unary
@@ -28,34 +29,44 @@ def _non_negative(gm: fx.GraphModule, node: fx.Node) -> bool:
     return (isinstance(leaf, Unary) and leaf.op in ("Relu", "Sigmoid")) or (isinstance(leaf, Clip) and leaf.low >= 0)
 
 
-def _why_not_pool(gm: fx.GraphModule, pool: Pool, more: tuple[int, ...], x: fx.Node) -> str:
+def _lowest(pad: Pad) -> bool:
+    """Whether it pads with what no value lies below, as exporters write "same" padding of maxima."""
+    return pad.value <= float(torch.finfo(torch.float32).min)
+
+
+def _why_not_pool(gm: fx.GraphModule, pool: Pool, pad: Pad, x: fx.Node) -> str:
+    more = _spatial(pad)
     if pool.ceil_mode:
         return "the pooling rounds its size up, which padding would change"
     if any(p >= k for p, k in zip(_sum(pool.pads, more), pool.kernel * 2, strict=True)):
         return "the pooling would be padded by a whole window"
     if pool.op == "AveragePool" and any(pool.pads) and not pool.count_include_pad:
         return "the pooling leaves its own padding out of the mean"
-    if pool.op == "MaxPool" and not _non_negative(gm, x):
+    if _lowest(pad) and (pool.op != "MaxPool" or pad.mode != "constant"):
+        return f"it pads with {pad.value:g}, which is no value"
+    if pool.op == "MaxPool" and not _lowest(pad) and not _non_negative(gm, x):
         return "the maximum of negative values would no longer be the zero of the padding"
     if pool.op == "MaxPool" and any(d != 1 for d in pool.dilation):
         return "a dilated window may see nothing but padding"
     return ""
 
 
-def _why_not(gm: fx.GraphModule, user: fx.Node, more: tuple[int, ...], x: fx.Node) -> str:
+def _why_not(gm: fx.GraphModule, user: fx.Node, pad: Pad, x: fx.Node) -> str:
     leaf = leaf_of(gm, user)
     if not isinstance(leaf, Conv | Pool):
         return "its value goes into something other than a convolution or pooling"
     if shared(gm, user):
         return f"the module of {user.name} is used elsewhere too"
-    if len(more) != len(leaf.pads):
+    if len(_spatial(pad)) != len(leaf.pads):
         return f"{user.name} has other dims"
-    return _why_not_pool(gm, leaf, more, x) if isinstance(leaf, Pool) else ""
+    if isinstance(leaf, Pool):
+        return _why_not_pool(gm, leaf, pad, x)
+    return f"it pads with {pad.value:g}, not zeros" if pad.value else ""
 
 
 def _unsuited(pad: Pad) -> str:
     n = len(pad.pads) // 2
-    if pad.mode != "constant" or pad.value != 0:
+    if pad.mode != "constant" or not (pad.value == 0 or _lowest(pad)):
         return f"it pads with {pad.mode if pad.mode != 'constant' else f'{pad.value:g}'}, not zeros"
     if any(pad.pads[:2]) or any(pad.pads[n : n + 2]):
         return "it pads batch or channels"
@@ -63,7 +74,8 @@ def _unsuited(pad: Pad) -> str:
 
 
 class FoldPad:
-    """Pad with zeros → the convolutions and poolings after it (a maximum only of values that are ≥ 0)."""
+    """Pad with zeros → the convolutions and poolings after it (a maximum only of values that are ≥ 0); with −∞ → the
+    maxima after it."""
 
     name = "fold_pad"
 
@@ -74,7 +86,7 @@ class FoldPad:
             if not any(pad.pads) or not node.users:
                 continue
             x, users, more = source(node), list(node.users), _spatial(pad)
-            reason = _unsuited(pad) or next((r for u in users if (r := _why_not(gm, u, more, x))), "")
+            reason = _unsuited(pad) or next((r for u in users if (r := _why_not(gm, u, pad, x))), "")
             if reason:
                 log.miss(reason, node)
                 continue

@@ -17,16 +17,16 @@ from hantc.dialect.rewrites.fold_norm import rebuilt
 
 @dataclass(frozen=True)
 class _Branch:
-    """One summand: a convolution of `entry`, or a norm of it."""
+    """One summand: a convolution of `entry`, a norm of it, or (None) `entry` itself."""
 
     node: fx.Node
     entry: fx.Node
-    leaf: Conv | BatchNorm
+    leaf: Conv | BatchNorm | None
 
 
 class MergeBranches:
-    """k×k convolution + 1×1 convolution or norm of the same input → one k×k convolution; in groups too, depthwise ones
-    among them (MobileOne's)."""
+    """k×k convolution + 1×1 convolution or norm of the same input, or that input → one k×k convolution; in groups too,
+    depthwise ones among them (MobileOne's, and the position encodings of vision transformers)."""
 
     name = "merge_branches"
 
@@ -36,10 +36,10 @@ class MergeBranches:
         for node, leaf in calls(gm, Binary):
             if leaf.op != "Add" or len(node.args) != 2 or node.args[0] is node.args[1]:
                 continue
-            branches = [_branch(gm, arg) for arg in node.args]
-            if branches[0] is None or branches[1] is None or branches[0].entry is not branches[1].entry:
+            pair = _pair(gm, *node.args)
+            if pair is None:
                 continue
-            big, small = sorted((branches[0], branches[1]), key=_reach, reverse=True)
+            big, small = sorted(pair, key=_reach, reverse=True)
             reason = _why_not(gm, big, small, lazy)
             if reason:
                 log.miss(reason, big.node, small.node, node)
@@ -50,8 +50,19 @@ class MergeBranches:
             swap(gm, node, merged)
             node.args = (big.entry,)
             for branch in (big, small):
-                gm.graph.erase_node(branch.node)
+                if branch.leaf is not None:
+                    gm.graph.erase_node(branch.node)
         return log.finish(gm)
+
+
+def _pair(gm: fx.GraphModule, left: object, right: object) -> tuple[_Branch, _Branch] | None:
+    """The two summands, if both are branches of one value."""
+    a, b = _branch(gm, left), _branch(gm, right)
+    if a is not None and a.entry is right:
+        b = _Branch(a.entry, a.entry, None)
+    elif b is not None and b.entry is left:
+        a = _Branch(b.entry, b.entry, None)
+    return (a, b) if a is not None and b is not None and a.entry is b.entry else None
 
 
 def _branch(gm: fx.GraphModule, arg: object) -> _Branch | None:
@@ -66,7 +77,7 @@ def _reach(branch: _Branch) -> int:
 
 
 def _why_not(gm: fx.GraphModule, big: _Branch, small: _Branch, lazy: Lazy) -> str:
-    if len(big.node.users) > 1 or len(small.node.users) > 1:
+    if any(len(branch.node.users) > 1 for branch in (big, small) if branch.leaf is not None):
         return "a branch's value is used elsewhere too"
     if shared(gm, big.node) or shared(gm, small.node):
         return "a branch's weights are used elsewhere too"
@@ -78,10 +89,10 @@ def _why_not(gm: fx.GraphModule, big: _Branch, small: _Branch, lazy: Lazy) -> st
     conv = big.leaf
     if set(conv.dilation) != {1}:
         return "a dilated convolution"
-    if isinstance(small.leaf, BatchNorm):
+    if not isinstance(small.leaf, Conv):
         centred = set(conv.stride) == {1} and all(p < k for p, k in zip(conv.pads, conv.kernel, strict=False))
         if not centred or conv.weight.shape[0] != conv.weight.shape[1] * conv.groups:
-            return "the norm's branch does not meet the kernel"
+            return "the branch without a convolution does not meet the kernel"
         return ""
     if small.leaf.groups != conv.groups or set(small.leaf.dilation) != {1} or small.leaf.stride != conv.stride:
         return "the convolutions have other groups, strides or dilations"
@@ -96,11 +107,12 @@ def _offsets(big: Conv, small: Conv) -> list[int]:
     return [b - s for b, s in zip(big.pads[:n], small.pads[:n], strict=True)]
 
 
-def _merged(big: Conv, small: Conv | BatchNorm) -> Conv:
+def _merged(big: Conv, small: Conv | BatchNorm | None) -> Conv:
     weight = big.weight.detach().double().clone()
     bias = _bias(big)
-    if isinstance(small, BatchNorm):
-        scale, shift = (t.detach().double() for t in small.scale_shift())
+    if not isinstance(small, Conv):
+        one = torch.ones(weight.shape[0], dtype=torch.float64)
+        scale, shift = (t.detach().double() for t in small.scale_shift()) if small else (one, 0 * one)
         at = tuple(big.pads[: len(big.kernel)])
         for channel in range(weight.shape[0]):  # of its group it is the channel of the same number
             weight[(channel, channel % weight.shape[1], *at)] += scale[channel]

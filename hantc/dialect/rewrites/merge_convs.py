@@ -1,4 +1,4 @@
-"""Two convolutions in a row without an activation between, merged into one."""
+"""Two convolutions or matrix products in a row without an activation between, merged into one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from hantc.dialect.conv import Conv
 from hantc.dialect.graph import leaf_of
+from hantc.dialect.linear import Linear
 from hantc.dialect.rewrites.base import Lazy, Log, Outcome, calls, shared, sole_user, swap
 from hantc.dialect.rewrites.fold_norm import rebuilt
 
@@ -103,3 +104,43 @@ class MergeConvs:
             b.args = a.args
             gm.graph.erase_node(a)
         return log.finish(gm)
+
+
+class MergeLinears:
+    """Two matrix products by weights in a row → one, where that takes no more arithmetic."""
+
+    name = "merge_linears"
+
+    def apply(self, gm: fx.GraphModule) -> Outcome:
+        """Merge every such pair, first ones first."""
+        log = Log(self.name)
+        for a, first in calls(gm, Linear):
+            b = next((u for u in a.users if isinstance(leaf_of(gm, u), Linear)), None)
+            second = leaf_of(gm, b) if b is not None else None
+            if b is None or not isinstance(second, Linear):
+                continue
+            old = first.weight.numel() + second.weight.numel()
+            new = first.weight.shape[1] * second.weight.shape[0]
+            if len(a.users) > 1 or shared(gm, a) or shared(gm, b):
+                log.miss(f"the value of {a.name} or the weights of one of them are used elsewhere too", a, b)
+            elif new > old:
+                log.miss(f"one product would take {new:,} multiply-accumulates, the two take {old:,}", a, b)
+            else:
+                log.did(f"merged into {b.name}: {old:,} → {new:,} multiply-accumulates", a, b)
+                swap(gm, b, _product(first, second))
+                b.args = a.args
+                gm.graph.erase_node(a)
+        return log.finish(gm)
+
+
+def _product(first: Linear, second: Linear) -> Linear:
+    """One product for both."""
+    w1, w2 = first.weight.detach().double(), second.weight.detach().double()
+    bias = second.bias.detach().double() if second.bias is not None else w2.new_zeros(w2.shape[0])
+    if first.bias is not None:
+        bias = bias + w2 @ first.bias.detach().double()
+    biased = first.bias is not None or second.bias is not None
+    # what Gemm takes or gives has two dims, so both have
+    made = rebuilt(first if first.gemm else second, w2 @ w1, bias if biased else None)
+    assert isinstance(made, Linear)
+    return made

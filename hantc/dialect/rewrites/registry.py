@@ -13,10 +13,12 @@ from hantc.dialect.rewrites.fuse_act import ClipToRelu, FuseHardSwish, FuseSilu
 from hantc.dialect.rewrites.global_pool import MakeGlobalPool
 from hantc.dialect.rewrites.merge_branches import MergeBranches
 from hantc.dialect.rewrites.merge_clips import MergeClips
-from hantc.dialect.rewrites.merge_convs import MergeConvs
+from hantc.dialect.rewrites.merge_convs import MergeConvs, MergeLinears
 from hantc.dialect.rewrites.shortcut_conv import ShortcutConv
 from hantc.dialect.rewrites.sink_transpose import SinkTranspose
 from hantc.dialect.rewrites.split_sum import SplitSum
+from hantc.dialect.rewrites.stride_slice import StrideSlice
+from hantc.dialect.rewrites.sum_to_mean import SumToMean
 
 # What clears the way comes first: a no-op between a convolution and its norm would keep them apart.
 REWRITES: tuple[Rewrite, ...] = (
@@ -28,13 +30,16 @@ REWRITES: tuple[Rewrite, ...] = (
     ClipToRelu(),
     FuseSilu(),
     FuseHardSwish(),
+    SumToMean(),
     MakeGlobalPool(),
     ShortcutConv(),
+    StrideSlice(),
     FoldPad(),
     CarryNorm(),
     FoldNorm(),
     FoldAffine(),
     MergeBranches(),
     MergeConvs(),
+    MergeLinears(),
     CommutePool(),
 )

@@ -30,9 +30,7 @@ class ShortcutConv:
     def apply(self, gm: fx.GraphModule) -> Outcome:
         """Rewrite every such shortcut of a residual sum."""
         log, lazy = Log(self.name), Lazy(gm)
-        # what is free beside the batch has an invented size in `lazy`
-        info = gm.meta.get("info")
-        fixed = info is not None and all(isinstance(d, int) for spec in info.inputs for d in spec.shape[1:])
+        fixed = sizes_are_fixed(gm)
         for node, pad in calls(gm, Pad):
             before, known = _channel_pads(pad), lazy(source(node))
             if before is None or not any(_adds(gm, u) for u in node.users):
@@ -61,7 +59,7 @@ def _cuts(gm: fx.GraphModule, lazy: Lazy, node: fx.Node, *, fixed: bool) -> tupl
     stride = [1, 1]
     at = source(node)
     while isinstance(leaf := leaf_of(gm, at), Slice) and sole_user(at) is not None:
-        steps = _steps(leaf, lazy.shape(source(at)), fixed=fixed)
+        steps = pixel_steps(leaf, lazy.shape(source(at)), fixed=fixed)
         if steps is None:
             break
         found.append(at)
@@ -70,7 +68,13 @@ def _cuts(gm: fx.GraphModule, lazy: Lazy, node: fx.Node, *, fixed: bool) -> tupl
     return found, (stride[0], stride[1])
 
 
-def _steps(leaf: Slice, shape: tuple[int, ...] | None, *, fixed: bool) -> tuple[int, int] | None:
+def sizes_are_fixed(gm: fx.GraphModule) -> bool:
+    """Whether only the batch is free: what else is has an invented size in `Lazy`."""
+    info = gm.meta.get("info")
+    return info is not None and all(isinstance(d, int) for spec in info.inputs for d in spec.shape[1:])
+
+
+def pixel_steps(leaf: Slice, shape: tuple[int, ...] | None, *, fixed: bool) -> tuple[int, int] | None:
     """Of both spatial axes, if the Slice takes every n-th pixel from the first one to the end and all else whole.
     `fixed`: whether all dims but the batch are."""
     steps = [1, 1, 1, 1]

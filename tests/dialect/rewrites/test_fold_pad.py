@@ -52,6 +52,29 @@ def test_into_max_pool_of_what_is_not_negative(rewriting: Rewriting) -> None:
     assert rewriting.run(FoldPad(), nodes, constants).after == ["Relu", "MaxPool"]
 
 
+@pytest.mark.parametrize("value", [-np.inf, float(np.finfo(np.float32).min)])
+def test_lowest_values_into_max_pool(rewriting: Rewriting, value: float) -> None:
+    """As "same" padding of maxima is exported, of values of either sign."""
+    first, constants = pad(0, 0, 0, 1, 0, 0, 1, 1, value=value)
+    r = rewriting.run(FoldPad(), [first, node("MaxPool", ["p"], ["y"], kernel_shape=[3, 3], strides=[2, 2])], constants)
+    assert r.after == ["MaxPool"] and r.missed == []
+
+
+@pytest.mark.parametrize(
+    ("user", "reason"),
+    [
+        (node("Conv", ["p", "w"], ["y"]), "not zeros"),
+        (node("AveragePool", ["p"], ["y"], kernel_shape=[3, 3]), "which is no value"),
+        (node("MaxPool", ["p"], ["y"], kernel_shape=[1, 1]), "by a whole window"),
+    ],
+    ids=["Conv", "AveragePool", "MaxPool"],
+)
+def test_lowest_values_into_anything_else(rewriting: Rewriting, user: NodeProto, reason: str) -> None:
+    first, constants = pad(0, 0, 1, 1, 0, 0, 1, 1, value=-np.inf)
+    applied, missed = FoldPad().apply(rewriting.graph([first, user], constants))
+    assert not applied and reason in missed[0].reason
+
+
 @pytest.mark.parametrize(
     ("pads", "how", "user", "reason"),
     [

@@ -102,6 +102,24 @@ def test_near_matches(rewriting: Rewriting, nodes: list[NodeProto], reason: str)
 
 
 def test_different_inputs_stay(rewriting: Rewriting) -> None:
-    nodes = [conv("w3", "a", **THREE), helper.make_node("Conv", ["a", "w1"], ["b"]), add("a", "b")]
+    relu, other = helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Conv", ["r", "w1"], ["b"])
+    nodes = [conv("w3", "a", **THREE), relu, other, add("a", "b")]
     r = rewriting.run(MergeBranches(), nodes, {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1)})
     assert r.before == r.after
+
+
+@pytest.mark.parametrize("order", [("r", "d"), ("d", "r")])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_input_itself_is_a_branch(rewriting: Rewriting, order: tuple[str, str], groups: int) -> None:
+    """As position encodings of vision transformers are: x + depthwise(x); x is read elsewhere too."""
+    relu, last = helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Relu", ["r"], ["z"])
+    nodes = [relu, helper.make_node("Conv", ["r", "w"], ["d"], group=groups, pads=[1] * 4), add(*order), last]
+    r = rewriting.run(MergeBranches(), nodes, {"w": w(4, 4 // groups, 3, 3)}, outputs=("y", "z"))
+    assert sorted(r.after) == ["Conv", "Relu", "Relu"]
+
+
+def test_a_convolution_added_to_its_own_input_convolved(rewriting: Rewriting) -> None:
+    """a = conv(x), y = a + conv(a): the second is the one that merges."""
+    nodes = [conv("w3", "a", **THREE), helper.make_node("Conv", ["a", "w1"], ["b"]), add("a", "b")]
+    r = rewriting.run(MergeBranches(), nodes, {"w3": w(4, 4, 3, 3), "w1": w(4, 4, 1, 1)})
+    assert r.after == ["Conv", "Conv"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import NodeProto, helper
 
-from hantc.dialect.rewrites.merge_convs import MergeConvs
+from hantc.dialect.rewrites.merge_convs import MergeConvs, MergeLinears
 
 if TYPE_CHECKING:
     from tests.dialect.conftest import Array
@@ -22,7 +22,10 @@ def w(*shape: int) -> Array:
 def convs(first: dict[str, Any], second: dict[str, Any], *, biases: str = "") -> list[NodeProto]:
     a = ["x", "w1", *(["b1"] if "1" in biases else [])]
     b = ["a", "w2", *(["b2"] if "2" in biases else [])]
-    return [helper.make_node("Conv", a, ["a"], **first), helper.make_node("Conv", b, ["y"], **second)]
+    return [
+        helper.make_node("Conv", a, ["a"], **first),
+        helper.make_node("Conv", b, ["y"], **second),
+    ]
 
 
 @pytest.mark.parametrize("biases", ["", "1", "2", "12"])
@@ -105,3 +108,38 @@ def test_with_growth_grouped_ones_too(rewriting: Rewriting) -> None:
     assert rewriting.run(MergeConvs(growth=9.0), nodes, constants).after == ["Conv"]
     r = rewriting.run(MergeConvs(growth=1.5), nodes, constants)
     assert r.after == r.before and "would take" in r.reasons[0]
+
+
+@pytest.mark.parametrize("ops_", [("Gemm", "Gemm"), ("MatMul", "MatMul"), ("Gemm", "MatMul")])
+def test_products_in_a_row(rewriting: Rewriting, ops_: tuple[str, str]) -> None:
+    """A classifier of low rank whose product is not wider than its factors."""
+    weights = {"w1": w(8, 6), "k1": w(6), "w2": w(6, 3), "k2": w(3)}
+    first = (
+        helper.make_node("Gemm", ["x", "w1", "k1"], ["a"])
+        if ops_[0] == "Gemm"
+        else helper.make_node("MatMul", ["x", "w1"], ["a"])
+    )
+    last = (
+        helper.make_node("Gemm", ["a", "w2", "k2"], ["y"])
+        if ops_[1] == "Gemm"
+        else helper.make_node("MatMul", ["a", "w2"], ["y"])
+    )
+    x = ("N", 8) if "Gemm" in ops_ else ("N", 5, 8)
+    r = rewriting.run(MergeLinears(), [first, last], weights, x=x)
+    assert r.after == [ops_[0]] and "66 → 24" in r.applied[0].note
+
+
+def test_products_of_low_rank_stay(rewriting: Rewriting) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w1"], ["a"]), helper.make_node("MatMul", ["a", "w2"], ["y"])]
+    r = rewriting.run(MergeLinears(), nodes, {"w1": w(8, 2), "w2": w(2, 8)}, x=("N", 8))
+    assert r.after == r.before and "one product would take 64" in r.reasons[0]
+
+
+def test_a_product_that_others_read_stays(rewriting: Rewriting) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["a"]),
+        helper.make_node("MatMul", ["a", "w2"], ["y"]),
+        helper.make_node("Relu", ["a"], ["z"]),
+    ]
+    r = rewriting.run(MergeLinears(), nodes, {"w1": w(8, 8), "w2": w(8, 8)}, x=("N", 8), outputs=("y", "z"))
+    assert r.after == r.before and "used elsewhere too" in r.reasons[0]

@@ -50,7 +50,8 @@ def network(models: Models) -> ModelProto:
         node("Mul", ["g1", "n"], ["a"]),
         node("Conv", ["a", "w1"], ["d"]),
         node("Conv", ["d", "w2"], ["e"], pads=[1] * 4),
-        node("Add", ["e", "a"], ["f"]),
+        node("Tanh", ["e"], ["t"]),
+        node("Add", ["t", "a"], ["f"]),
         node("BatchNormalization", ["f", "s", "b", "m", "v"], ["h"]),
         node("Relu", ["h"], ["i"]),
         node("ReduceMean", ["i", "axes"], ["j"], keepdims=0),
@@ -64,7 +65,8 @@ def test_everything_at_once(models: Models) -> None:
     nodes = len(module.graph.nodes)
     made, applied, missed = normalize(module)
     assert [n.op_type for n in emit(made).model.graph.node] == [
-        "Conv", "Sigmoid", "Mul", "Conv", "Add", "BatchNormalization", "Relu", "GlobalAveragePool", "Flatten", "Gemm",
+        "Conv", "Sigmoid", "Mul", "Conv", "Tanh", "Add", "BatchNormalization", "Relu",
+        "GlobalAveragePool", "Flatten", "Gemm",
     ]  # fmt: skip
     assert {a.rewrite for a in applied} == {
         "drop_noops", "fold_pad", "fold_norm", "fuse_silu", "merge_convs", "global_pool",
