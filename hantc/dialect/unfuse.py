@@ -7,24 +7,19 @@ transformers. Other engines do not know them, and no gradient passes them. What 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from hantc.dialect.infer import infer, light
-from hantc.dialect.leaf import attributes
 from hantc.dialect.opaque import inner_names
+from hantc.dialect.unfuse_attention import attention, multi_head
+from hantc.dialect.unfuse_parts import Known, Parts
 
 _DOMAIN = "com.microsoft"
-_FLOATS: Mapping[int, Any] = MappingProxyType(
-    {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
-)
 _BROADCASTS = 7  # the first opset whose Mul and Add do without being told
 _ERF = 9
 _CLIP_OF_INPUTS = 11  # the first opset whose Clip takes its ends as inputs
@@ -35,71 +30,10 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Of a graph: its tensors' ranks and element types where they are known, and every name in it."""
-
-    opset: int
-    ranks: Mapping[str, int]
-    types: Mapping[str, int]
-    names: set[str]
-
-    def fresh(self, stem: str) -> str:
-        """A name that nothing has yet."""
-        name = next(n for i in itertools.count() if (n := f"{stem}_{i}") not in self.names)
-        self.names.add(name)
-        return name
+_Rule = Callable[[Parts], bool]  # whether it took the node apart
 
 
-@dataclass
-class _Parts:
-    """What one fused node becomes."""
-
-    node: NodeProto
-    graph: _Known
-    made: list[NodeProto] = field(default_factory=list)
-    constants: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def attrs(self) -> Mapping[str, Any]:
-        return attributes(self.node)
-
-    def input(self, i: int) -> str:
-        return self.node.input[i] if i < len(self.node.input) else ""
-
-    @property
-    def opset(self) -> int:
-        return self.graph.opset
-
-    def rank(self, i: int) -> int:
-        """Of an input; 0 where it is not known."""
-        return self.graph.ranks.get(self.input(i), 0)
-
-    def add(self, op: str, *inputs: str, **attrs: Any) -> str:
-        """A node of one output, by whose name it returns."""
-        name = self.graph.fresh(f"{self.node.output[0]}/{op}")
-        self.made.append(helper.make_node(op, list(inputs), [name], name=name, **attrs))
-        return name
-
-    def number(self, value: float) -> str:
-        """A constant of the type that the node computes in. ValueError where that is not known."""
-        kinds = {self.graph.types[i] for i in self.node.input if i in self.graph.types} & _FLOATS.keys()
-        if len(kinds) != 1:
-            raise ValueError("its type is not known")
-        name = self.graph.fresh(f"{self.node.output[0]}/number")
-        self.constants[name] = np.array(value, _FLOATS[kinds.pop()])
-        return name
-
-    def end(self) -> bool:
-        """The last node's output is the fused one's."""
-        self.made[-1].output[0] = self.node.output[0]
-        return True
-
-
-_Rule = Callable[[_Parts], bool]  # whether it took the node apart
-
-
-def _activation(p: _Parts, x: str, kind: str, values: list[float]) -> bool:
+def _activation(p: Parts, x: str, kind: str, values: list[float]) -> bool:
     if kind == "Clip" and len(values) == 2 and p.opset < _CLIP_OF_INPUTS:
         p.add("Clip", x, min=values[0], max=values[1])
     elif kind == "Clip" and len(values) == 2:
@@ -111,7 +45,7 @@ def _activation(p: _Parts, x: str, kind: str, values: list[float]) -> bool:
     return p.end()
 
 
-def _conv(p: _Parts) -> bool:
+def _conv(p: Parts) -> bool:
     own = ("activation", "activation_params")
     plain = {k: v for k, v in p.attrs.items() if k not in own}
     kind = str(p.attrs.get("activation", ""))
@@ -121,7 +55,7 @@ def _conv(p: _Parts) -> bool:
     return _activation(p, value, kind, list(p.attrs.get("activation_params", []))) if kind else p.end()
 
 
-def _gemm(p: _Parts) -> bool:
+def _gemm(p: Parts) -> bool:
     plain = {k: v for k, v in p.attrs.items() if not k.startswith("activation")}
     names = ("activation_alpha", "activation_beta", "activation_gamma")
     value = p.add("Gemm", *p.node.input, **plain)
@@ -129,7 +63,7 @@ def _gemm(p: _Parts) -> bool:
     return _activation(p, value, str(p.attrs.get("activation", "")), values)
 
 
-def _matmul(p: _Parts) -> bool:
+def _matmul(p: Parts) -> bool:
     turned = [bool(p.attrs.get(name, 0)) for name in ("transA", "transB")]
     if p.attrs.get("transBatchA", 0) or p.attrs.get("transBatchB", 0):
         return False
@@ -144,11 +78,11 @@ def _matmul(p: _Parts) -> bool:
     return p.end()
 
 
-def _turned(p: _Parts, i: int, rank: int) -> str:
+def _turned(p: Parts, i: int, rank: int) -> str:
     return p.add("Transpose", p.input(i), perm=[*range(rank - 2), rank - 1, rank - 2])
 
 
-def _sigmoid_gelu(p: _Parts) -> bool:
+def _sigmoid_gelu(p: Parts) -> bool:
     """QuickGelu: x · sigmoid(αx); with α = 1 SiLU."""
     if p.opset < _BROADCASTS:
         return False
@@ -158,7 +92,7 @@ def _sigmoid_gelu(p: _Parts) -> bool:
     return p.end()
 
 
-def _gelu(p: _Parts) -> bool:
+def _gelu(p: Parts) -> bool:
     """Gelu, and BiasGelu, by the error function."""
     if p.opset < _ERF:
         return False
@@ -168,7 +102,7 @@ def _gelu(p: _Parts) -> bool:
     return p.end()
 
 
-def _fast_gelu(p: _Parts) -> bool:
+def _fast_gelu(p: Parts) -> bool:
     """x/2 · (1 + tanh(x · (0.7979 + 0.0357 x²)))."""
     if p.opset < _BROADCASTS:
         return False
@@ -179,7 +113,7 @@ def _fast_gelu(p: _Parts) -> bool:
     return p.end()
 
 
-def _skip_norm(p: _Parts) -> bool:
+def _skip_norm(p: Parts) -> bool:
     if p.opset < _LAYER_NORM or any(p.node.output[1:3]):
         return False
     value = p.add("Add", p.input(0), p.input(1))
@@ -201,6 +135,8 @@ _RULES: Mapping[str, _Rule] = MappingProxyType(
         "BiasGelu": _gelu,
         "FastGelu": _fast_gelu,
         "SkipLayerNormalization": _skip_norm,
+        "Attention": attention,
+        "MultiHeadAttention": multi_head,
     }
 )
 
@@ -209,9 +145,10 @@ def _fused(model: ModelProto) -> bool:
     return any(n.domain == _DOMAIN and n.op_type in _RULES for n in model.graph.node)
 
 
-def _known(model: ModelProto) -> _Known:
+def _known(model: ModelProto) -> Known:
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
     ranks = {i.name: len(i.dims) for i in model.graph.initializer}
+    widths = {i.name: int(i.dims[-1]) for i in model.graph.initializer if i.dims}
     types = {i.name: int(i.data_type) for i in model.graph.initializer}
     for v in (*model.graph.input, *model.graph.value_info, *_values(model)):
         kind = v.type.tensor_type
@@ -219,8 +156,10 @@ def _known(model: ModelProto) -> _Known:
             types.setdefault(v.name, int(kind.elem_type))
         if kind.HasField("shape"):
             ranks.setdefault(v.name, len(kind.shape.dim))
+            if kind.shape.dim and kind.shape.dim[-1].dim_value > 0:
+                widths.setdefault(v.name, int(kind.shape.dim[-1].dim_value))
     names = {n for node in model.graph.node for n in (*node.input, *node.output, *inner_names(node))} | ranks.keys()
-    return _Known(opset, ranks, types, names | {v.name for v in (*model.graph.input, *model.graph.output)})
+    return Known(opset, ranks, widths, types, names | {v.name for v in (*model.graph.input, *model.graph.output)})
 
 
 def _values(model: ModelProto) -> Sequence[ValueInfoProto]:
@@ -271,9 +210,9 @@ def _once(model: ModelProto) -> ModelProto:
     return made
 
 
-def _apart(node: NodeProto, known: _Known, constants: dict[str, Any]) -> Iterator[NodeProto]:
+def _apart(node: NodeProto, known: Known, constants: dict[str, Any]) -> Iterator[NodeProto]:
     rule = _RULES.get(node.op_type) if node.domain == _DOMAIN else None
-    parts = _Parts(node, known)
+    parts = Parts(node, known)
     symbolic = any(a.type == AttributeProto.UNDEFINED or a.ref_attr_name for a in node.attribute)
     try:
         done = rule is not None and not symbolic and len(node.output) > 0 and rule(parts)

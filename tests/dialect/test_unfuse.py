@@ -10,6 +10,7 @@ import onnx
 import onnx.shape_inference
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from hantc.dialect.emitter import opaque_leaves
@@ -203,6 +204,69 @@ def test_skip_layer_normalization(models: Models, bias: bool) -> None:
     check(models, model, ["Add", *(["Add"] if bias else []), "LayerNormalization"])
     old = models.make([norm], {"x": (1, 5, 8)}, ["y", "s"], constants, domains=MS, opset=13)
     assert unfused(old) is old, "no such norm in ONNX by then"
+
+
+ATTENTION = ["MatMul", "Add", "Split", "Reshape", "Transpose", "Reshape", "Transpose", "MatMul", "Mul", "Softmax"]
+ATTENTION += ["Reshape", "Transpose", "MatMul", "Transpose", "Reshape"]
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [{"num_heads": 2}, {"num_heads": 4, "scale": 0.3}, {"num_heads": 2, "qkv_hidden_sizes": [8, 8, 12]}],
+    ids=["plain", "scaled", "wider values"],
+)
+@pytest.mark.parametrize("scores", [False, True])
+def test_attention(models: Models, attrs: dict[str, Any], scores: bool) -> None:
+    """As ONNX Runtime's tools write vision transformers; Swin's adds a bias to the scores."""
+    width = sum(attrs.get("qkv_hidden_sizes", [8] * 3))
+    inputs = ["x", "w", "b", *(["", "", "s"] if scores else [])]
+    constants = {"w": models.weight(8, width), "b": models.weight(width)}
+    constants["s"] = models.weight(1, attrs["num_heads"], 5, 5)
+    model = models.make([node("Attention", inputs, ["y"], **attrs)], {"x": TOKENS}, ["y"], constants, domains=MS)
+    wanted = list(ATTENTION)
+    if scores:
+        wanted.insert(wanted.index("Softmax"), "Add")
+    check(models, model, wanted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_multi_head_attention(models: Models, bias: bool) -> None:
+    names = ["q", "k", "v"]
+    nodes = [helper.make_node("MatMul", ["x", f"w{n}"], [n]) for n in names]
+    nodes += [node("MultiHeadAttention", [*names, *(["b"] if bias else [])], ["y"], num_heads=2)]
+    constants = {f"w{n}": models.weight(8, 8) for n in names} | {"b": models.weight(24)}
+    model = models.make(nodes, {"x": TOKENS}, ["y"], constants, domains=MS)
+    plain = unfused(model)
+    assert not any(n.domain for n in plain.graph.node)
+    check(models, model, [n.op_type for n in plain.graph.node])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attrs", "outputs"),
+    [
+        (["x", "w", "b", "mask"], {"num_heads": 2}, ["y"]),
+        (["x", "w", "b"], {"num_heads": 2, "unidirectional": 1}, ["y"]),
+        (["x", "w", "b"], {"num_heads": 2}, ["y", "present"]),
+        (["x", "w", "b"], {"num_heads": 2, "qkv_hidden_sizes": [8, 8]}, ["y"]),
+        (["x", "w", "b"], {}, ["y"]),
+    ],
+    ids=["masked", "causal", "with its states", "sizes that do not fit", "without heads"],
+)
+def test_attention_that_stays(models: Models, inputs: list[str], attrs: dict[str, Any], outputs: list[str]) -> None:
+    constants = {"w": models.weight(8, 24), "b": models.weight(24), "mask": np.ones((1, 5), np.int32)}
+    made = [node("Attention", inputs, outputs, **attrs)]
+    model = models.make(made, {"x": (1, 5, 8)}, ["y"], constants, domains=MS)
+    assert unfused(model).graph.node[0].op_type == "Attention"
+
+
+def test_gradients_pass_attention(models: Models) -> None:
+    made = [node("Attention", ["x", "w", "b"], ["y"], num_heads=2)]
+    constants = {"w": models.weight(8, 24), "b": models.weight(24)}
+    network = import_model(models.make(made, {"x": TOKENS}, ["y"], constants, domains=MS))
+    x = torch.rand(2, 5, 8, requires_grad=True)
+    network(x).square().sum().backward()
+    assert x.grad is not None and x.grad.abs().min() > 0
+    assert all(p.grad is not None and bool(p.grad.any()) for p in network.parameters())
 
 
 def test_others_stay(models: Models) -> None:
