@@ -141,16 +141,16 @@ class Conv(Leaf):
         pads = explicit_pads(node, kernel, strides, dilations)
         if min(pads) < 0:
             raise UnsupportedError("negative padding")
-        leaf = cls(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            kernel,
-            strides,
-            groups=groups,
-            bias=bias is not None,
-            dilation=dilations,
-            pads=pads,
-        )
+        with torch.device("meta"):  # no weights are drawn that the file's would replace
+            leaf = cls(
+                weight.shape[1] * groups,
+                weight.shape[0],
+                kernel,
+                strides,
+                groups=groups,
+                dilation=dilations,
+                pads=pads,
+            )
         leaf.weight = nn.Parameter(weight)
         leaf.bias = nn.Parameter(bias) if bias is not None else None
         return leaf

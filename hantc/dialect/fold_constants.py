@@ -14,6 +14,7 @@ from hantc.dialect.opaque import forks, subgraphs
 
 # forms of a Constant node that hold numbers without their type
 _NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+_MOST_IFS = 100  # whose branches are folded, too
 
 
 def type_constants(graph: onnx.GraphProto) -> None:
@@ -43,17 +44,21 @@ def fold_constants(model: ModelProto) -> ModelProto:
             # graphsurgeon folds a Shape whole, even where it asks for a part of the dims (opset 15)
             partial = any(n.op == "Shape" and n.attrs for n in graph.nodes)
             # and mixes up the outputs of an If that has several when it puts a branch in its stead
-            forked = any(len(n.output) > 1 for n in forks(model.graph))
+            ifs = list(forks(model.graph))
+            forked = any(len(n.output) > 1 for n in ifs)
+            # it copies what lies within once for each level: only a hostile file has so many
+            inside = len(ifs) <= _MOST_IFS
             nested = any(_turns(n) for g in graph.subgraphs() for n in g.nodes)
-            graph.cleanup(remove_unused_graph_inputs=False)  # folding would run dead nodes too
+            tidied = {"remove_unused_graph_inputs": False, "recurse_subgraphs": inside}
+            graph.cleanup(**tidied)  # folding would run dead nodes too
             graph.fold_constants(
                 fold_shapes=not partial,
-                recurse_subgraphs=not nested,  # which asks nobody
-                flatten_subgraphs=not forked,
+                recurse_subgraphs=inside and not nested,  # which asks nobody
+                flatten_subgraphs=inside and not forked,
                 should_exclude_node=_turns,
                 error_ok=True,
             )
-            graph.cleanup(remove_unused_graph_inputs=False).toposort()
+            graph.cleanup(**tidied).toposort(recurse_subgraphs=inside)
             cleaned: ModelProto = gs.export_onnx(graph, do_type_check=False)
     except Exception:  # graphsurgeon gives up on rare graphs; the importer works on the raw ones too
         cleaned = model

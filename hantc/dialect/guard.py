@@ -26,6 +26,7 @@ from hantc.dialect.opaque import captured, subgraphs
 
 LARGEST = 1 << 30  # elements of a tensor: 4 GiB in float32
 _DEEPEST = 16  # subgraphs within subgraphs; protobuf itself reads no more than 33
+_MOST_SUBGRAPHS = 4096  # reading each takes milliseconds
 _MOST_NODES = 1 << 20  # functions expanded
 _MOST_DIMS = 64  # of a tensor; an axis beyond them is none
 _PROBE_S = 180  # for ONNX Runtime to load the model and to run it once
@@ -36,7 +37,7 @@ _MOST_TURNS = 1 << 20  # of a Loop whose number of turns is a constant
 def check_untrusted(model: ModelProto) -> None:
     """ModelError, with the node, tensor or function at fault, for what could not be imported or would take the
     machine down: cycles, tensors made twice or never, more than `LARGEST` elements, functions that call themselves or
-    expand to a million nodes, loops with a million turns."""
+    expand to a million nodes, subgraphs without number, loops with a million turns."""
     _check_nodes(model.graph)
     _check_functions(model)
     if model.graph.sparse_initializer:
@@ -45,8 +46,15 @@ def check_untrusted(model: ModelProto) -> None:
     whole = _inlined(model)
     names = {i.name for i in whole.graph.initializer}
     _check_graph(whole.graph, names | {i.name for i in whole.graph.input}, 0)
+    if (held := _subgraphs(whole.graph)) > _MOST_SUBGRAPHS:
+        raise ModelError(f"it holds {held:,} subgraphs, more than {_MOST_SUBGRAPHS:,}", hint="is this a model?")
     _check_turns(whole.graph, {}, 1)
     _check_sizes(model)
+
+
+def _subgraphs(graph: GraphProto) -> int:
+    """How many there are, in all depths (which have been checked)."""
+    return sum(1 + _subgraphs(inner) for node in graph.node for inner in subgraphs(node))
 
 
 def _inlined(model: ModelProto) -> ModelProto:

@@ -50,7 +50,8 @@ class Linear(Leaf):
         if not weight.is_floating_point():
             raise UnsupportedError("Gemm of integers")
         weight = weight if node.attrs.get("transB", 0) else weight.T.contiguous()
-        leaf = cls(weight.shape[1], weight.shape[0], bias=node.has(2))
+        with torch.device("meta"):  # no weights are drawn that the file's would replace
+            leaf = cls(weight.shape[1], weight.shape[0], bias=False)
         leaf.weight = nn.Parameter(weight)
         if node.has(2):
             bias = _scaled(tensor(node.require_const(2, "bias")), node.attrs.get("beta", 1.0))
@@ -84,7 +85,8 @@ class MatMul(Leaf):
         right = node.const(1)
         weight = right is not None and right.ndim == 2 and right.dtype.kind == "f"
         if weight and right is not None and node.const(0) is None:
-            leaf = Linear(right.shape[0], right.shape[1], bias=False, gemm=False)
+            with torch.device("meta"):
+                leaf = Linear(right.shape[0], right.shape[1], bias=False, gemm=False)
             leaf.weight = nn.Parameter(tensor(right.T))
             return leaf
         return cls()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,22 @@ def test_graphs_within_graphs(models: Models, load: Loader) -> None:
     model = small(models, fork, constants={"c": np.array(True)})
     with pytest.raises(ModelError, match="subgraphs lie more than 16 deep"):
         load(model)
+
+
+def test_more_subgraphs_than_anybody_writes(models: Models, load: Loader) -> None:
+    """Twelve deep they are 4,094 already; each takes time."""
+    names = itertools.count()
+
+    def forked(depth: int) -> onnx.GraphProto:
+        name = f"o{next(names)}"
+        inner = node("Relu", ["x"], [name])
+        if depth:
+            inner = node("If", ["c"], [name], then_branch=forked(depth - 1), else_branch=forked(depth - 1))
+        return helper.make_graph([inner], "g", [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
+
+    fork = node("If", ["c"], ["y"], then_branch=forked(11), else_branch=forked(11))
+    with pytest.raises(ModelError, match="8,190 subgraphs"):
+        load(small(models, fork, constants={"c": np.array(True)}))
 
 
 def _loop(*nodes: Any, weights: Any = ()) -> Any:

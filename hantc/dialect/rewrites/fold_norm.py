@@ -50,18 +50,19 @@ def rebuilt(
     """A leaf like `leaf` with other parameters (in the dtype that its weight has) and geometry."""
     dtype = leaf.weight.dtype
     new: Product
-    if isinstance(leaf, Conv):
-        new = Conv(
-            weight.shape[1] * leaf.groups,
-            weight.shape[0],
-            tuple(weight.shape[2:]),
-            stride or leaf.stride,
-            groups=leaf.groups,
-            dilation=dilation or leaf.dilation,
-            pads=pads or leaf.pads,
-        )
-    else:
-        new = Linear(weight.shape[1], weight.shape[0], gemm=leaf.gemm)
+    with torch.device("meta"):  # no weights are drawn that the given ones would replace
+        if isinstance(leaf, Conv):
+            new = Conv(
+                weight.shape[1] * leaf.groups,
+                weight.shape[0],
+                tuple(weight.shape[2:]),
+                stride or leaf.stride,
+                groups=leaf.groups,
+                dilation=dilation or leaf.dilation,
+                pads=pads or leaf.pads,
+            )
+        else:
+            new = Linear(weight.shape[1], weight.shape[0], gemm=leaf.gemm)
     new.weight = nn.Parameter(weight.detach().to(dtype).clone())
     new.bias = nn.Parameter(bias.detach().to(dtype).clone()) if bias is not None else None
     return new
