@@ -294,12 +294,13 @@ def cmd_verify(argv: Sequence[str]) -> int:
         "hantc verify", "Measure a finished run's file again, beside its teacher; exit code 1 if it differs."
     )
     p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("--cold", action="store_true", help="also with cold caches, as behind other work")
     args = p.parse_args(argv)
     from hantc.report.live import RichReporter
     from hantc.report.terminal import verification_table
     from hantc.run import verify_run
 
-    found = verify_run(Path(args.run), RichReporter(quiet=args.json))
+    found = verify_run(Path(args.run), RichReporter(quiet=args.json), cold=args.cold)
     show(args, lambda: found, lambda: verification_table(found))
     return DONE if found["ok"] else MISSED
 

@@ -27,6 +27,7 @@ from hantc.core.types import CostTable, Device, Plan
 from hantc.data.dataset import Dataset
 from hantc.dialect.importer import import_file, load_onnx
 from hantc.inputs import check_folder, default_store, make_config, prepare
+from hantc.passes.cold import check_cold, measure_cold
 from hantc.passes.load import Load
 from hantc.passes.normalize import Normalize
 from hantc.passes.state import Context, State
@@ -276,13 +277,14 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     return Run(path, load(path), import_file(path / "model.onnx"))
 
 
-def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
+def verify_run(folder: Path, reporter: Reporter, *, cold: bool = False) -> dict[str, Any]:
     """Measure a run's file again, beside its teacher, as the run itself did at its end.
 
     The answer holds `teacher`, `student`, `speedup`, `accuracy_drop`, `agreement`, the `recorded` figures, `ok`,
     and the `differences` that make it false: the speed-up off by more than SPEED_TOLERANCE, an accuracy or the
     agreement by more than ACCURACY_TOLERANCE points. Latencies themselves may differ: machines have slow days.
-    Without the run's data, only what needs none is checked. UsageError if the run or its teacher is not there.
+    Without the run's data, only what needs none is checked. With `cold` also the latencies behind other work, as
+    `cold`. UsageError if the run or its teacher is not there.
     """
     summary = load(folder)
     teacher = _teacher_file(folder, summary)
@@ -307,10 +309,13 @@ def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
         )
         target = Target.model_validate(summary.target_definition) if summary.target_definition else None
         state, ctx = prepare(config, reporter, target=target)
+        if cold:
+            check_cold(ctx)
         predicted = summary.predicted_latency_ms or math.nan
         plan = Plan((), predicted, math.inf, 0.0)
         state = replace(state, emitted=student, plan=plan, costs=CostTable((), summary.teacher.latency_ms or 1.0, 0.0))
         state, _ = run_passes((Load(), Normalize(), Verify()), state, ctx)
+        behind = measure_cold([Verify.teachers(state, ctx)[0], student], ctx) if cold else []
         reporter.log_path = None
     if summary.device.cpu != ctx.capabilities.device.cpu:
         notes.append(f"the run was measured on {summary.device.cpu}, this is {ctx.capabilities.device.cpu}")
@@ -319,6 +324,9 @@ def verify_run(folder: Path, reporter: Reporter) -> dict[str, Any]:
     if ctx.data is not None and summary.data is not None and ctx.data.fingerprint != summary.data.fingerprint:
         changed.append(f"the data {wanted['data']} has changed since the run")
     differences = [*changed, *found.pop("differences")]
+    if behind:
+        found["cold"] = {n: t.median_ms for n, t in zip(("teacher_ms", "student_ms"), behind, strict=True)}
+        found["cold"]["speedup"] = behind[0].median_ms / behind[1].median_ms
     return {"run": str(folder), "ok": not differences, "differences": differences, "notes": notes, **found}
 
 

@@ -76,7 +76,7 @@ class Meter:
         self.base: dict[str, object] = {
             "backend": ctx.backend.name,
             "device": ctx.device_key,
-            "protocol": asdict(self.protocol),
+            "protocol": {k: v for k, v in asdict(self.protocol).items() if k != "cold"},  # rows are warm
             "method": _VERSION,
         }
         if ctx.base == "bf16":  # the rest of a file does not tell

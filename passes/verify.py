@@ -69,11 +69,11 @@ class Verify:
         stored = ctx.store.get_json("verify", key)
         if stored is not None:
             if stored["kept_original"]:
-                state = _unchanged(state, self._teachers(state, ctx)[0])
+                state = _unchanged(state, self.teachers(state, ctx)[0])
             _tell(stored, ctx)
             return replace(state, summary=stored)
         baseline, reason = self._baseline(state, ctx)
-        teacher, clock_model = self._teachers(state, ctx)
+        teacher, clock_model = self.teachers(state, ctx)
         others = {} if baseline is None else {"baseline_int8": baseline}
         if ctx.base == "bf16" and not ctx.from_table:
             others["baseline_bf16"] = in_bf16(state.model)
@@ -101,7 +101,7 @@ class Verify:
         return replace(state, summary=facts)
 
     @staticmethod
-    def _teachers(state: State, ctx: Context) -> tuple[ModelProto, ModelProto]:
+    def teachers(state: State, ctx: Context) -> tuple[ModelProto, ModelProto]:
         """The teacher that speed-ups are over, and the normalized network as the table has it. In FP16 they are one:
         engines fold the shape arithmetic that files are full of, which a prediction of the file itself counts."""
         assert state.network is not None

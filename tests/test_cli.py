@@ -68,6 +68,8 @@ def test_weights_and_products_can_be_bounded(tiny: Tiny, compiled: Compiled, cli
     assert summary["student"]["params"] <= 0.81 * summary["teacher"]["params"]
     assert summary["student"]["macs"] <= 0.91 * summary["teacher"]["macs"]
     assert summary["options"]["budget_params"] == {"fraction": 0.8}
+    refused = cli("verify", tmp_path / "run", "--cold")
+    assert refused.code == 2 and "roofline times nothing on this processor" in refused.err
 
 
 def test_json_is_the_summary_and_nothing_else(compiled: Compiled) -> None:
@@ -281,7 +283,7 @@ def test_profile(tiny: Tiny, compiled: Compiled, cli: Cli, tmp_path: Path, event
 
 
 def test_verify(compiled: Compiled, tiny: Tiny, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
-    result = cli("verify", compiled.folder, "--json")
+    result = cli("verify", compiled.folder, "--cold", "--json")
     found, recorded = result.json(), compiled.result.json()
     assert result.code == (0 if found["ok"] else 1)
     assert found["ok"] == (found["differences"] == [])
@@ -291,6 +293,8 @@ def test_verify(compiled: Compiled, tiny: Tiny, cli: Cli, capsys: pytest.Capture
     assert found["agreement"] == pytest.approx(recorded["agreement"])
     assert found["recorded"]["speedup"] == recorded["speedup"]
     assert all("speed-up" in d for d in found["differences"])  # nothing but this machine's mood
+    cold = found["cold"]
+    assert cold["student_ms"] > 0 and cold["speedup"] == pytest.approx(cold["teacher_ms"] / cold["student_ms"])
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

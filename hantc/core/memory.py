@@ -16,6 +16,8 @@ _AFTERWARDS = 32 << 20  # what glibc's own adjustment ends at in a program with 
 
 _STATUS = Path("/proc/self/status")
 _UNKNOWN = 8 << 30
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNKNOWN_CACHE, _LARGEST_CACHE = 32 << 20, 256 << 20
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container (cgroup v2)
 
 
@@ -29,6 +31,18 @@ def total_memory() -> int:
         return min(total, int(_GROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no such file, or "max"
         return total
+
+
+def cache_size() -> int:
+    """Bytes of the processor's last level of cache; 32 MiB where the system does not say, and never above 256."""
+    sizes = [_UNKNOWN_CACHE]
+    for place in sorted(_CACHES.glob("index*")):
+        try:
+            text = (place / "size").read_text().strip()
+            sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0))
+        except (OSError, ValueError):
+            continue
+    return min(max(sizes[1:] or sizes), _LARGEST_CACHE)
 
 
 def peak_memory() -> int:

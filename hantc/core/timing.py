@@ -16,6 +16,8 @@
   narrow: within `_NARROW` of it to either side. The interval is that of a median, between two of the quiet samples
   by rank (Le Boudec, "Performance Evaluation of Computer and Communication Systems", section 2.2), which supposes
   nothing about how they are spread; where fewer than half of the samples are quiet there is none yet.
+- Caches are warm: a network runs behind itself. With `Protocol.cold` each sample is one run behind the `Eviction` of
+  whatever the processor's caches held, as where a request comes after other work.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hantc.core.backend_api import Artefact
 from hantc.core.errors import HantcError, ModelError
+from hantc.core.memory import cache_size
 from hantc.core.types import Protocol, Timing
 
 try:
@@ -61,14 +66,15 @@ def measure_interleaved(
 ) -> list[Timing]:
     """Time every callable by the protocol; one Timing each, in order. `clock` gives nanoseconds."""
     fastest = [_fastest_ms(run, protocol, clock) for run in runs]
-    plans = [_plan(ms, protocol) for ms in fastest]
-    wanted = _rounds(fastest, protocol)
+    prepare = [Eviction(protocol.threads)] * len(runs) if protocol.cold else list(runs)
+    plans = [_Sampling(1, 1) if protocol.cold else _plan(ms, protocol) for ms in fastest]
+    wanted = protocol.samples if protocol.cold else _rounds(fastest, protocol)
     samples: list[list[float]] = [[] for _ in runs]
     rounds = 0
     while rounds < wanted or (rounds < wanted * _MAX_FACTOR and any(uncertainty(s) > _NARROW for s in samples)):
         for k in range(len(runs)):
             i = ((k if rounds % 2 else -k) + rounds) % len(runs)
-            samples[i].append(_sample_ms(runs[i], plans[i], clock))
+            samples[i].append(_sample_ms(runs[i], plans[i], clock, prepare[i]))
         rounds += 1
     return [_timing(s) for s in samples]
 
@@ -100,7 +106,7 @@ def measure_artefacts(
 
 def _fastest_ms(run: Callable[[], object], protocol: Protocol, clock: Clock) -> float:
     one = _Sampling(1, 1)
-    return max(1e-4, min(_sample_ms(run, one, clock) for _ in range(max(1, protocol.warmup))))
+    return max(1e-4, min(_sample_ms(run, one, clock, run) for _ in range(max(1, protocol.warmup))))
 
 
 def _slice_ms(protocol: Protocol) -> float:
@@ -120,8 +126,8 @@ def _plan(fastest_ms: float, protocol: Protocol) -> _Sampling:
     return _Sampling(math.ceil(total / size), size)
 
 
-def _sample_ms(run: Callable[[], object], plan: _Sampling, clock: Clock) -> float:
-    run()
+def _sample_ms(run: Callable[[], object], plan: _Sampling, clock: Clock, prepare: Callable[[], object]) -> float:
+    prepare()
     undisturbed: list[int] = []
     disturbed: list[int] = []
     switches = _switches()
@@ -133,6 +139,22 @@ def _sample_ms(run: Callable[[], object], plan: _Sampling, clock: Clock) -> floa
         before, switches = switches, _switches()
         (undisturbed if switches == before else disturbed).append(elapsed)
     return float(statistics.median(undisturbed or disturbed)) / plan.size / 1e6
+
+
+class Eviction:
+    """Fills the caches of as many cores as a network's threads take with other data: each writes to twice the bytes
+    of the last level, all at once, so that they spread over the cores."""
+
+    def __init__(self, threads: int) -> None:
+        self._parts = [np.zeros(2 * cache_size() // 8) for _ in range(max(1, threads))]
+        self._pool = ThreadPoolExecutor(len(self._parts))
+
+    def __call__(self) -> None:
+        list(self._pool.map(_touch, self._parts))
+
+
+def _touch(part: np.ndarray[Any, Any]) -> None:
+    part += 1.0
 
 
 def _switches() -> int:

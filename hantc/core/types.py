@@ -150,13 +150,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How to time: warm-up, then `samples` interleaved samples of at least `min_sample_ms` each."""
+    """How to time: warm-up, then `samples` interleaved samples of at least `min_sample_ms` each. `cold`: single runs
+    instead, before each of which the processor's caches are filled with something else."""
 
     threads: int
     batch: int = 1
     warmup: int = 3
     samples: int = 15
     min_sample_ms: float = 3.0
+    cold: bool = False
 
 
 @dataclass(frozen=True)

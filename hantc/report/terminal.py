@@ -112,6 +112,9 @@ def verification_table(found: dict[str, Any]) -> RenderableType:
         pair = (was[key]["latency_ms"], found[key]["latency_ms"])
         table.add_row(f"{title} latency", *(fmt.fmt_ms(v) for v in pair))
     table.add_row("speed-up", fmt.fmt_times(was["speedup"]), fmt.fmt_times(found["speedup"]))
+    if cold := found.get("cold"):
+        times = " → ".join(fmt.fmt_ms(cold[f"{n}_ms"]) for n in ("teacher", "student"))
+        table.add_row("with cold caches", "", f"{times}, {fmt.fmt_times(cold['speedup'])}")
     for key in ("teacher", "student"):
         table.add_row(f"{key} accuracy", *(fmt.fmt_percent(f[key]["accuracy"], 2) for f in (was, found)))
     table.add_row("agreement", *(fmt.fmt_share(f["agreement"], 2) for f in (was, found)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hantc.core.timing import measure_interleaved, uncertainty
+from hantc.core.memory import cache_size
+from hantc.core.timing import Eviction, measure_interleaved, uncertainty
 from hantc.core.types import Protocol
 
 
@@ -131,3 +133,38 @@ def test_the_interval_narrows_with_samples() -> None:
     found = [uncertainty(list(1 + 0.05 * rng.random(n))) for n in (12, 100, 1000)]
     assert found[0] > found[1] > found[2] > 0
     assert uncertainty([1.0]) == 0.0 and uncertainty([1.0, 2.0, 2.0]) == math.inf
+
+
+def test_cold_runs_come_behind_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run is timed by itself, and none runs behind its like."""
+    fake = FakeRuns()
+    monkeypatch.setattr("hantc.core.timing.Eviction", lambda threads: lambda: fake.calls.append(f"e{threads}"))
+    runs = [fake.run("a", [1.0]), fake.run("b", [0.001])]
+    timings = measure_interleaved(runs, Protocol(2, warmup=1, samples=3, cold=True), lambda: fake.now)
+    assert [(t.median_ms, t.samples) for t in timings] == [(1.0, 3), (0.001, 3)]
+    assert "".join(fake.calls[4:]) == "e2ae2b" + "e2be2a" + "e2ae2b"
+
+
+def test_eviction_writes_to_more_than_the_caches_hold() -> None:
+    evict = Eviction(2)
+    evict()
+    assert [p.nbytes for p in evict._parts] == [2 * cache_size() // 8 * 8] * 2
+    assert all(bool((p == 1).all()) for p in evict._parts)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ({"index0": "32K", "index3": "48M"}, 48 << 20),
+        ({"index0": "48K"}, 48 << 10),
+        ({"index3": "768M"}, 256 << 20),
+        ({"index3": "?"}, 32 << 20),
+        ({}, 32 << 20),
+    ],
+)
+def test_cache_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, str], wanted: int) -> None:
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "size").write_text(size + "\n")
+    monkeypatch.setattr("hantc.core.memory._CACHES", tmp_path)
+    assert cache_size() == wanted
