@@ -51,6 +51,13 @@ def has_vnni(device: Device) -> bool:
     return any(f in _VNNI for f in device.flags)
 
 
+def trains_in_bf16(cpuinfo: str | None = None) -> bool:
+    """Whether this CPU multiplies BF16 numbers in one instruction (AVX512-BF16): mixed precision then trains faster.
+    Where it has AMX too torch takes kernels that nobody has tried here. `cpuinfo` as in `fingerprint`."""
+    flags = fingerprint((), cpuinfo).flags
+    return "avx512_bf16" in flags and not any(f.startswith("amx") for f in flags)
+
+
 def channel_block(device: Device) -> int:
     """Channels in the blocks that ONNX Runtime holds float activations in, on x86: as many as a register has floats."""
     if any(f.startswith("avx512") for f in device.flags):

@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto
 from pydantic import ValidationError
 
-from hantc.backends.device import channel_block, needs_reduced_range, physical_cores
+from hantc.backends.device import channel_block, needs_reduced_range, physical_cores, trains_in_bf16
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Backend, Capabilities, Optimizer
@@ -141,6 +141,7 @@ def prepare(
         threads=threads,
         out=config.out,
         data=data,
+        mixed=config.train_precision == "bf16" or (config.train_precision == "auto" and trains_in_bf16()),
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )

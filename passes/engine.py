@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from hantc.data.augment import Augment
 from hantc.data.dataset import Dataset, Split
 from hantc.dialect.norm import BatchNorm
+from hantc.dialect.opaque import Opaque
 from hantc.dialect.spread import image_variance, ordinary, per_image
 
 
@@ -125,6 +126,17 @@ def augmentation(network: fx.GraphModule, data: Dataset, kind: OutputKind, batch
     else:
         flip = bool((mirrored == plain).float().mean() > 0.9)
     return Augment(shift=shift, flip=flip)
+
+
+def multiplied_in_bf16(on: bool) -> torch.autocast:
+    """Inside, convolutions and matrix products round what they multiply to BF16 (mixed precision: weights, their
+    gradients and moments stay in FP32)."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=on)
+
+
+def takes_bf16(module: nn.Module) -> bool:
+    """Whether all of it computes on BF16 values: what stands for an ONNX operator as the file has it may not."""
+    return not any(isinstance(m, Opaque) for m in module.modules())
 
 
 _MOST_MORE = 0.75  # share of batches without labels, at most

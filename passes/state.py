@@ -109,6 +109,7 @@ class Context:
     threads: int
     out: Path
     data: Dataset | None = None
+    mixed: bool = False  # whether candidates and students multiply in BF16 while they learn
     rivals: tuple[Backend, ...] = ()  # other engines that can be timed on this machine
     target: Mapping[str, object] = field(default_factory=dict)  # the target's definition, as its file has it
     notes: list[str] = field(default_factory=list)

@@ -28,10 +28,12 @@ from hantc.passes.engine import (
     epochs,
     fast_module,
     fit_images,
+    multiplied_in_bf16,
     output_kind,
     relative_mse,
     set_rate,
     statistics_at_once,
+    takes_bf16,
     trainable,
     training_batches,
 )
@@ -77,6 +79,7 @@ class Job:
     rival: str = ""  # the candidate that made this one pointless
     seen: int = field(default=0)
     steps: int = 0
+    mixed: bool = False  # whether it multiplies in BF16 while it learns
 
     @property
     def rate(self) -> float:
@@ -144,6 +147,7 @@ def train(
     begun = resume(jobs, checkpoint)
     for j in jobs:  # what is exact stays so: its norms keep their statistics
         fast_module(j.module).train(not is_exact(j.spec))
+        j.mixed = ctx.mixed and takes_bf16(j.module)
     if not begun:
         entered = time.monotonic()
         initialise(jobs, tapped, taps, data, augment, ctx, size)
@@ -278,7 +282,9 @@ def step(job: Job, values: Activations, *, whole: bool = False) -> None:
     chosen = _chosen(job, source.shape[0], usual, whole=whole)
     if chosen is not None:
         source, target, variance = source[chosen], target[chosen], variance[chosen]
-    loss = relative_mse(job.module(source), target, variance)
+    with multiplied_in_bf16(job.mixed):
+        made = job.module(source)
+    loss = relative_mse(made.float(), target, variance)
     if not torch.isfinite(loss):
         job.dead = "its training diverged (non-finite loss)"
         for p in job.module.parameters():

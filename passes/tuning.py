@@ -28,9 +28,11 @@ from hantc.passes.engine import (
     fast_module,
     first_output,
     mixed,
+    multiplied_in_bf16,
     output_kind,
     relative_mse,
     set_rate,
+    takes_bf16,
     training_batches,
 )
 from hantc.passes.state import Context, State
@@ -96,6 +98,7 @@ class Tuner:
         self.view = rounded_view(student, blueprint, ctx.quant)
         self.tapped = with_taps(self.view, self.held)
         self.augment = augmentation(network, data, self.kind)
+        self.mixed = ctx.mixed and takes_bf16(student)
         self.size = min(ctx.effort.batch_size, len(data.train))
         images = min(1000, 2 * ctx.effort.score_images)
         self.judge = Judge(network, data.search, self.kind, limit=images, blend=True)
@@ -194,7 +197,9 @@ class Tuner:
         _rounding(self.view, box.progress >= _ROUND_FROM)
         set_rate(optimizer, box.rate())
         optimizer.zero_grad(set_to_none=True)
-        loss = _loss(self.teacher, self.tapped, self.kind, x, y, box.progress)
+        # where INT8 is rounded to, BF16 would round as much again
+        half = self.mixed and box.progress < _ROUND_FROM
+        loss = _loss(self.teacher, self.tapped, self.kind, x, y, box.progress, mixed=half)
         if not torch.isfinite(loss):
             return False
         loss.backward()
@@ -262,20 +267,28 @@ def _climb(loss: Callable[[int], float], start: int, n: int) -> int:
 
 
 def _loss(
-    teacher: fx.GraphModule, tapped: fx.GraphModule, kind: OutputKind, x: Tensor, y: Tensor | None, progress: float
+    teacher: fx.GraphModule,
+    tapped: fx.GraphModule,
+    kind: OutputKind,
+    x: Tensor,
+    y: Tensor | None,
+    progress: float,
+    *,
+    mixed: bool = False,
 ) -> Tensor:
     """γ_CE·CE + γ_KL·KL, both 1 (paper §3.4), and at first the region outputs' error on the student's own
     activations: errors of many replacements add up, and each region can learn to undo those before it."""
     with torch.no_grad():
         t_out, t_values = teacher(x)
-    s_out, s_values = tapped(x)
-    s, t = first_output(s_out), first_output(t_out)
+    with multiplied_in_bf16(mixed):
+        s_out, s_values = tapped(x)
+    s, t = first_output(s_out).float(), first_output(t_out)
     loss = divergence(kind, s, t).mean()
     if y is not None and kind.classifier:
         loss = loss + F.nll_loss(kind.log_probs(s), y)
     weight = _FEATURES * max(0.0, 1 - progress / _FEATURE_SHARE)
     if weight > 0 and s_values:
-        errors = [relative_mse(a, b) for a, b in zip(s_values, t_values, strict=True)]
+        errors = [relative_mse(a.float(), b) for a, b in zip(s_values, t_values, strict=True)]
         loss = loss + weight * torch.stack(errors).mean()
     return loss
 

@@ -45,6 +45,18 @@ def test_fingerprint_keeps_the_flags_that_matter() -> None:
     assert not device.has_vnni(Device("x", ("avx2", "avx512f"), 1, ()))
 
 
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("avx2 avx512f avx512_vnni", False),
+        ("avx2 avx512f avx512_bf16", True),
+        ("avx512f avx512_bf16 amx_bf16 amx_tile", False),
+    ],
+)
+def test_training_in_bf16_where_it_was_tried(flags: str, wanted: bool) -> None:
+    assert device.trains_in_bf16(cpuinfo(2, 1, flags)) == wanted
+
+
 def test_capabilities_agree_with_the_flags() -> None:
     caps = OnnxRuntimeBackend().capabilities()
     assert caps.reduce_range == device.needs_reduced_range(caps.device)

@@ -235,6 +235,7 @@ class Lab:
         precisions: tuple[str, ...] = ("fp32",),
         store: Store | None = None,
         effort: Mapping[str, Any] | None = None,
+        mixed: bool = False,
         **config: Any,
     ) -> Context:
         """A context with little effort, one thread and, unless said otherwise, no data and the counting backend."""
@@ -255,6 +256,7 @@ class Lab:
             threads=1,
             out=out,
             data=data,
+            mixed=mixed,
         )
 
     def begin(self) -> State:

@@ -228,3 +228,18 @@ def test_states_are_looked_at_by_progress(lab: Lab) -> None:
     tuner = tuning.Tuner(state, ctx, ctx.data, state.student)
     history = tuner.train(1e6, 32, Checkpoint(ctx.store, "abcd"))
     assert [h["step"] for h in history] == [0, *range(3, 32, 3), 32]
+
+
+def test_products_are_in_bf16_until_int8_rounds(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BF16 would round as much again as INT8 does."""
+    seen: list[tuple[bool, bool]] = []
+    loss = tuning._loss
+
+    def watched(*args: Any, mixed: bool, **more: Any) -> torch.Tensor:
+        seen.append((args[5] < tuning._ROUND_FROM, mixed))
+        return loss(*args, mixed=mixed, **more)
+
+    monkeypatch.setattr(tuning, "_loss", watched)
+    state = Finetune().call(lab.rewritten(), lab.fresh(mixed=True))
+    assert set(seen) == {(True, True), (False, False)}
+    assert state.student is not None and {p.dtype for p in state.student.parameters()} == {torch.float32}

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from onnx import helper
 from torch import fx
 
 from hantc.core.types import CandidateSpec, Region, Signature
+from hantc.dialect.conv import Conv
+from hantc.dialect.functions.registry import function_of
 from hantc.dialect.graph import with_taps
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.spread import Activations
+from hantc.dialect.verbatim import Verbatim
 from hantc.ops import registry
 from hantc.passes import training
 from hantc.passes.checkpoint import Checkpoint
-from hantc.passes.engine import TimeBox, relative_mse
+from hantc.passes.engine import TimeBox, relative_mse, takes_bf16
 from hantc.passes.training import Job, activations, gather, step, train
 from tests.passes.conftest import BOTTLE, STACK
 
@@ -79,6 +83,35 @@ def test_what_is_exact_stays_as_it_is_and_what_is_derived_learns_less_in_a_hurry
     train(lab.matched.network, [free, derived, exact], ctx, lab.labelled, Checkpoint(ctx.store, "cccc"))
     assert all(torch.equal(v, before[k]) for k, v in exact.module.state_dict().items())
     assert derived.steps == ((free.steps + 2) // 3 if hurried else free.steps) > 1
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_products_in_bf16_learn_as_much(lab: Lab, mixed: bool) -> None:
+    """Weights and their gradients stay in FP32, and the candidate computes in FP32 afterwards."""
+    assert lab.matched.network is not None and lab.matched.match is not None
+    region = lab.matched.match.region("r03")
+    ctx, plain = lab.fresh(effort={"distill_epochs": 3}, mixed=mixed), lab.fresh(effort={"distill_epochs": 3})
+    job, other = (Job(region, BOTTLE, built(region, BOTTLE), "k") for _ in range(2))
+    seen: set[torch.dtype] = set()
+    convs = [m for m in job.module.modules() if isinstance(m, Conv) and m.groups == 1]
+    for m in convs:
+        m.register_forward_hook(lambda _m, _x, y: seen.add(y.dtype) if torch.is_grad_enabled() else None)
+    train(lab.matched.network, [job], ctx, lab.labelled, Checkpoint(ctx.store, "dddd"))
+    train(lab.matched.network, [other], plain, lab.labelled, Checkpoint(plain.store, "dddd"))
+    assert convs and seen == {torch.bfloat16 if mixed else torch.float32}
+    assert {p.dtype for p in job.module.parameters()} == {torch.float32}
+    assert job.steps == other.steps > 5 and not job.dead
+    assert job.loss == pytest.approx(other.loss, rel=0.1 if mixed else 1e-4)
+
+
+def test_what_may_not_take_bf16_does_not_get_it(lab: Lab) -> None:
+    assert lab.matched.match is not None
+    module = built(lab.matched.match.region("r03"), STACK)
+    assert takes_bf16(module)
+    function = function_of("", "Elu")
+    assert function is not None
+    module.add_submodule("odd", Verbatim(helper.make_node("Elu", ["x"], ["y"]), ("x",), {}, {"": 17}, function))
+    assert not takes_bf16(module)
 
 
 def test_images_far_beyond_the_rest_are_not_trained_on(lab: Lab) -> None:

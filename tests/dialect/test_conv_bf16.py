@@ -1,0 +1,26 @@
+"""Convolutions in mixed precision: products in BF16, but for depthwise ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hantc.dialect.conv import Conv
+
+
+@pytest.mark.parametrize(
+    ("groups", "wanted"),
+    [(1, torch.bfloat16), (2, torch.bfloat16), (4, torch.float32)],
+    ids=["full", "groups", "depthwise"],
+)
+def test_precision_by_groups(groups: int, wanted: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv, x = Conv(4, 8, 3, groups=groups), torch.randn(2, 4, 6, 6, requires_grad=True)
+    plain = conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = conv(x)
+        behind = conv(x.bfloat16())
+    assert rounded.dtype == behind.dtype == wanted
+    assert torch.allclose(rounded.float(), plain, atol=0.05, rtol=0.02)
+    rounded.float().sum().backward()
+    assert conv.weight.grad is not None and conv.weight.grad.dtype == torch.float32
