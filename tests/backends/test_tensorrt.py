@@ -146,7 +146,7 @@ def test_compiling_for_a_gpu_leaves_an_engine(
     assert summary["status"] in ("done", "budget_missed") and summary["predicted"] and summary["batch"] == 128
     used = json.loads((tmp_path / "run" / "lut.json").read_text())
     assert used["rows"] == json.loads(table.read_text())["rows"]
-    assert {c["precision"] for c in summary["choices"]} == {"fp16"}
+    assert {c["precision"] for c in summary["choices"]} <= {"fp16", "int8"}
     facts = summary["engine"]
     assert facts["file"] == "model.engine" and facts["compute_capability"] == "SM89" and facts["float32_layers"] == []
     assert (tmp_path / "run" / "model.engine").stat().st_size == facts["size_bytes"]
