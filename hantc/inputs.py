@@ -145,6 +145,8 @@ def prepare(
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )
+    if config.train_precision == "bf16" and not trains_in_bf16():
+        ctx.note("--train-precision bf16: this CPU has no AVX512-BF16, or AMX beside it, where it was not tried")
     for note in (*capabilities.notes, *(data.notes if data else ()), *notes, *more, *_admitted(ctx)):
         ctx.note(note)
     return State(model=model, model_hash=_hash(model), given=given, given_hash=_hash(given) if given else ""), ctx

@@ -135,8 +135,10 @@ def multiplied_in_bf16(on: bool) -> torch.autocast:
 
 
 def takes_bf16(module: nn.Module) -> bool:
-    """Whether all of it computes on BF16 values: what stands for an ONNX operator as the file has it may not."""
-    return not any(isinstance(m, Opaque) for m in module.modules())
+    """Whether it is made of the dialect's own leaves, in FP32: what stands for an ONNX operator as the file has it may
+    not compute on BF16 values."""
+    own = not any(isinstance(m, Opaque) for m in module.modules())
+    return own and all(p.dtype == torch.float32 for p in module.parameters())
 
 
 _MOST_MORE = 0.75  # share of batches without labels, at most

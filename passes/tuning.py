@@ -96,6 +96,7 @@ class Tuner:
         self.teacher = fast_module(with_taps(network, [state.match.region(r).output for r in self.held]))
         fast_module(student)
         self.view = rounded_view(student, blueprint, ctx.quant)
+        self.rounds = any(isinstance(m, ActivationQuant) for m in self.view.modules())
         self.tapped = with_taps(self.view, self.held)
         self.augment = augmentation(network, data, self.kind)
         self.mixed = ctx.mixed and takes_bf16(student)
@@ -198,7 +199,7 @@ class Tuner:
         set_rate(optimizer, box.rate())
         optimizer.zero_grad(set_to_none=True)
         # where INT8 is rounded to, BF16 would round as much again
-        half = self.mixed and box.progress < _ROUND_FROM
+        half = self.mixed and not (self.rounds and box.progress >= _ROUND_FROM)
         loss = _loss(self.teacher, self.tapped, self.kind, x, y, box.progress, mixed=half)
         if not torch.isfinite(loss):
             return False

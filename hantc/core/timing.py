@@ -49,6 +49,7 @@ _QUIET_LEVEL = 5  # percentile
 _SLICE_MS = 3.0
 _GROUP_MS = 0.1
 _MAX_RUNS = 10_000
+_OWN_CACHE = 8 << 20  # bytes: more than the levels that a core has to itself
 
 Clock = Callable[[], int]
 
@@ -142,11 +143,13 @@ def _sample_ms(run: Callable[[], object], plan: _Sampling, clock: Clock, prepare
 
 
 class Eviction:
-    """Fills the caches of as many cores as a network's threads take with other data: each writes to twice the bytes
-    of the last level, all at once, so that they spread over the cores."""
+    """Fills the caches of as many cores as a network's threads take with other data: together they write to twice the
+    bytes of the last level, which they share, each to no less than `_OWN_CACHE`; all at once, so that they spread over
+    the cores."""
 
     def __init__(self, threads: int) -> None:
-        self._parts = [np.zeros(2 * cache_size() // 8) for _ in range(max(1, threads))]
+        size = max(2 * cache_size() // max(1, threads), _OWN_CACHE)
+        self._parts = [np.zeros(size // 8) for _ in range(max(1, threads))]
         self._pool = ThreadPoolExecutor(len(self._parts))
 
     def __call__(self) -> None:

@@ -126,7 +126,8 @@ class Conv(Leaf):
         padding = self.pads[:n] if self.symmetric else (0,) * n
         op = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n]
         # oneDNN's depthwise gradients take up to twice as long in BF16 as in FP32 (torch 2.13, AVX512-BF16)
-        if self.groups > 1 and weight.shape[1] == 1 and torch.is_autocast_enabled("cpu"):
+        depthwise = self.groups > 1 and weight.shape[1] == 1 and weight.dtype == torch.float32
+        if depthwise and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 plain: Tensor = op(x.float(), weight, self.bias, stride, padding, self.dilation, self.groups)
             return plain

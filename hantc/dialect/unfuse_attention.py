@@ -7,6 +7,7 @@ the node stays, and ONNX Runtime runs it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from hantc.dialect.unfuse_parts import Parts
 
@@ -14,20 +15,22 @@ _SINCE = 13  # the first opset whose Softmax and Split are today's
 _HEADS_FIRST, _TURNED = (0, 2, 1, 3), (0, 2, 3, 1)
 
 
-def _heads(p: Parts, x: str, perm: tuple[int, ...]) -> str:
+def _heads(p: Parts, x: str, width: int, perm: tuple[int, ...]) -> str:
     """(N, tokens, heads · features) → (N, heads, tokens, features), or its last two the other way round."""
     count = int(p.attrs["num_heads"])
-    return p.add("Transpose", p.add("Reshape", x, p.integers(0, 0, count, -1)), perm=list(perm))
+    return p.add("Transpose", p.add("Reshape", x, p.integers(0, 0, count, width // count)), perm=list(perm))
 
 
-def _attend(p: Parts, q: str, k: str, v: str, scale: float, bias: str) -> bool:
-    """softmax(scale · q kᵀ + bias) v, of values (N, tokens, heads · features)."""
-    scores = p.add("MatMul", _heads(p, q, _HEADS_FIRST), _heads(p, k, _TURNED))
+def _attend(p: Parts, parts: Sequence[str], widths: Sequence[int], bias: str) -> bool:
+    """softmax(scale · q kᵀ + bias) v, of `parts` q, k and v: values (N, tokens, width)."""
+    q, k, v = parts
+    scale = float(p.attrs.get("scale", 0.0)) or 1.0 / math.sqrt(widths[0] // int(p.attrs["num_heads"]))
+    scores = p.add("MatMul", _heads(p, q, widths[0], _HEADS_FIRST), _heads(p, k, widths[1], _TURNED))
     scores = p.add("Mul", scores, p.number(scale))
     if bias:
         scores = p.add("Add", scores, bias)
-    mixed = p.add("MatMul", p.add("Softmax", scores, axis=-1), _heads(p, v, _HEADS_FIRST))
-    p.add("Reshape", p.add("Transpose", mixed, perm=list(_HEADS_FIRST)), p.integers(0, 0, -1))
+    mixed = p.add("MatMul", p.add("Softmax", scores, axis=-1), _heads(p, v, widths[2], _HEADS_FIRST))
+    p.add("Reshape", p.add("Transpose", mixed, perm=list(_HEADS_FIRST)), p.integers(0, 0, widths[2]))
     return p.end()
 
 
@@ -35,10 +38,6 @@ def _plain(p: Parts, *unused: int) -> bool:
     """Whether it has one output, none of these inputs and nothing that depends on the tokens' order."""
     asked = any(int(p.attrs.get(name, 0)) for name in ("unidirectional", "do_rotary", "past_present_share_buffer"))
     return p.opset >= _SINCE and not asked and not any(p.node.output[1:]) and not any(p.input(i) for i in unused)
-
-
-def _scale(p: Parts, width: int) -> float:
-    return float(p.attrs.get("scale", 0.0)) or 1.0 / math.sqrt(width // int(p.attrs["num_heads"]))
 
 
 def attention(p: Parts) -> bool:
@@ -53,8 +52,7 @@ def attention(p: Parts) -> bool:
     value = p.add("MatMul", p.input(0), p.input(1))
     if p.input(2):
         value = p.add("Add", value, p.input(2))
-    q, k, v = p.several("Split", 3, value, p.integers(*sizes), axis=-1)
-    return _attend(p, q, k, v, _scale(p, sizes[0]), p.input(5))
+    return _attend(p, p.several("Split", 3, value, p.integers(*sizes), axis=-1), sizes, p.input(5))
 
 
 def multi_head(p: Parts) -> bool:
@@ -63,8 +61,8 @@ def multi_head(p: Parts) -> bool:
         return False
     if [p.rank(i) for i in range(3)] != [3, 3, 3]:  # packed ones have more dims, or no key
         return False
-    q, k, v = (p.input(i) for i in range(3))
+    parts, widths = [p.input(i) for i in range(3)], [p.width(i) for i in range(3)]
     if p.input(3):
-        biases = p.several("Split", 3, p.input(3), p.integers(*(p.width(i) for i in range(3))), axis=0)
-        q, k, v = (p.add("Add", part, bias) for part, bias in zip((q, k, v), biases, strict=True))
-    return _attend(p, q, k, v, _scale(p, p.width(0)), p.input(5))
+        biases = p.several("Split", 3, p.input(3), p.integers(*widths), axis=0)
+        parts = [p.add("Add", part, bias) for part, bias in zip(parts, biases, strict=True)]
+    return _attend(p, parts, widths, p.input(5))

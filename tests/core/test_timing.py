@@ -148,7 +148,8 @@ def test_cold_runs_come_behind_something_else(monkeypatch: pytest.MonkeyPatch) -
 def test_eviction_writes_to_more_than_the_caches_hold() -> None:
     evict = Eviction(2)
     evict()
-    assert [p.nbytes for p in evict._parts] == [2 * cache_size() // 8 * 8] * 2
+    assert sum(p.nbytes for p in evict._parts) >= 2 * cache_size() - 16
+    assert {p.nbytes for p in Eviction(4096)._parts} == {8 << 20}
     assert all(bool((p == 1).all()) for p in evict._parts)
 
 

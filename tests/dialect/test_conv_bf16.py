@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hantc.dialect.conv import Conv
+from hantc.dialect.linear import Linear
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,19 @@ def test_precision_by_groups(groups: int, wanted: torch.dtype) -> None:
     assert torch.allclose(rounded.float(), plain, atol=0.05, rtol=0.02)
     rounded.float().sum().backward()
     assert conv.weight.grad is not None and conv.weight.grad.dtype == torch.float32
+
+
+def test_other_types_keep_to_themselves() -> None:
+    conv = Conv(4, 4, 3, groups=4).double()
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    plain = conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(x), plain)
+
+
+def test_classifiers_stay_in_fp32() -> None:
+    """Logits in BF16 would be as far from a teacher's as a good student's are."""
+    linear = Linear(8, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(2, 8).bfloat16()).dtype == torch.float32
+        assert linear(torch.randn(2, 5, 8)).dtype == torch.bfloat16

@@ -241,5 +241,5 @@ def test_products_are_in_bf16_until_int8_rounds(lab: Lab, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(tuning, "_loss", watched)
     state = Finetune().call(lab.rewritten(), lab.fresh(mixed=True))
-    assert set(seen) == {(True, True), (False, False)}
+    assert set(seen) == {(True, True), (False, False)}, "r01 and r02 are in INT8"
     assert state.student is not None and {p.dtype for p in state.student.parameters()} == {torch.float32}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from hantc.core.types import ModelInfo
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import leaf_of, tidy
 from hantc.dialect.leaf import Leaf
+from hantc.dialect.shape import Reshape
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -157,8 +158,14 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def known_values(gm: fx.GraphModule) -> dict[str, Known]:
-    """Shape and dtype of every node's value, found by running the graph once on a batch of two. Empty where
+def keeps_batch(leaf: nn.Module | None) -> bool:
+    """Whether a node that reshapes does so image by image: (2, -1) looks like it at the example's batch of two, and
+    only there."""
+    return not isinstance(leaf, Reshape) or leaf.keep_batch or leaf.shape[0] in (0, -1)
+
+
+def known_values(gm: fx.GraphModule, batch: int = 2) -> dict[str, Known]:
+    """Shape and dtype of every node's value, found by running the graph once on a `batch` of images. Empty where
     that is impossible: no model information, sizes besides the batch that are open, or a graph that fails."""
     info = gm.meta.get("info")
     if (
@@ -170,7 +177,7 @@ def known_values(gm: fx.GraphModule) -> dict[str, Known]:
     recorder = _Recorder(gm)
     try:
         with torch.no_grad():
-            recorder.run(*example_inputs(info, 2))
+            recorder.run(*example_inputs(info, batch))
     except Exception:  # whatever a foreign node raises: shapes stay unknown, and rewrites say so
         return {}
     return recorder.known
@@ -182,6 +189,15 @@ class Lazy:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
         self._values: dict[str, Known] | None = None
+        self._others: dict[str, Known] | None = None  # at another batch
+
+    def steady(self, node: fx.Node, dims: Sequence[int]) -> bool:
+        """Whether these dims of the node's value are of one size whatever the batch is (which may have become part of
+        another dim)."""
+        if self._others is None:
+            self._others = known_values(self._gm, 3)
+        one, other = self.shape(node), self._others.get(node.name)
+        return one is not None and other is not None and all(one[d] == other.shape[d] for d in dims)
 
     def __call__(self, node: fx.Node) -> Known | None:
         """What is known of the node's value."""

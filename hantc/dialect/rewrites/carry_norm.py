@@ -8,7 +8,6 @@ norms of single pixels behind a global pooling have this form.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from hantc.dialect.graph import leaf_of
 from hantc.dialect.linear import Linear
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.pool import GlobalPool, Pool
-from hantc.dialect.rewrites.base import Lazy, Log, Outcome, bypass, calls, source, swap
+from hantc.dialect.rewrites.base import Lazy, Log, Outcome, bypass, calls, keeps_batch, source, swap
 from hantc.dialect.rewrites.fold_norm import Affine, after, before, channel_map, norm_map, why_not_after, why_not_before
 from hantc.dialect.shape import Concat, Flatten, Reshape, Squeeze
 from hantc.dialect.verbatim import Verbatim
@@ -122,27 +121,34 @@ def _through(gm: fx.GraphModule, node: fx.Node, affine: Affine, lazy: Lazy) -> s
         return f"{node.name} counts zeros of padding, which the shift would not reach" if affine.shift.any() else ""
     if isinstance(leaf, Flatten | Reshape | Squeeze):
         old, new = lazy.shape(source(node)), lazy.shape(node)
-        kept = old is not None and new is not None and len(new) > 1 and old[:2] == new[:2]
+        kept = keeps_batch(leaf) and old is not None and new is not None and len(new) > 1 and old[:2] == new[:2]
         return "" if kept else f"{node.name} moves values between channels"
     return "" if isinstance(leaf, Pool | GlobalPool) else f"{node.name} is no convolution, matrix product or norm"
 
 
 def _backward(gm: fx.GraphModule, node: fx.Node, affine: Affine, lazy: Lazy) -> _Way:
     """Who takes in a map of `node`'s value."""
-    leaf = leaf_of(gm, node)
-    if isinstance(leaf, Conv | Linear | BatchNorm):
-        wide = isinstance(leaf, Linear) and len(lazy.shape(node) or ()) != 2
-        reason = f"{node.name} works along another dim than the norm" if wide else why_not_after(gm, node)
-        return _Way(reason=reason) if reason else _Way((_Share(node, affine),))
-    if len(node.users) > 1:
-        return _Way(reason=f"the value of {node.name} is used elsewhere too")
-    if isinstance(leaf, Concat | Binary):
-        parts = _parts(leaf, node, affine, lazy)
-        if isinstance(parts, str):
-            return _Way(reason=parts)
-        return _together([_backward(gm, arg, part, lazy) for arg, part in parts])
-    reason = _through(gm, node, affine, lazy)
-    return _Way(reason=reason) if reason else _backward(gm, source(node), affine, lazy)
+    shares, todo = list[_Share](), [(node, affine)]
+    while todo:
+        at, part = todo.pop()
+        leaf = leaf_of(gm, at)
+        if isinstance(leaf, Conv | Linear | BatchNorm):
+            wide = isinstance(leaf, Linear) and len(lazy.shape(at) or ()) != 2
+            if reason := f"{at.name} works along another dim than the norm" if wide else why_not_after(gm, at):
+                return _Way(reason=reason)
+            shares.append(_Share(at, part))
+        elif len(at.users) > 1:
+            return _Way(reason=f"the value of {at.name} is used elsewhere too")
+        elif isinstance(leaf, Concat | Binary):
+            parts = _parts(leaf, at, part, lazy)
+            if isinstance(parts, str):
+                return _Way(reason=parts)
+            todo += reversed(parts)
+        elif reason := _through(gm, at, part, lazy):
+            return _Way(reason=reason)
+        else:
+            todo.append((source(at), part))
+    return _Way(tuple(shares))
 
 
 def _parts(leaf: Concat | Binary, node: fx.Node, affine: Affine, lazy: Lazy) -> list[tuple[fx.Node, Affine]] | str:
@@ -164,33 +170,41 @@ def _parts(leaf: Concat | Binary, node: fx.Node, affine: Affine, lazy: Lazy) -> 
     return [(a, Affine(k, b)) for a, k, b in zip(args, scale.split(sizes), shift.split(sizes), strict=True)]
 
 
-def _together(ways: Sequence[_Way]) -> _Way:
-    """All of them, or the first reason that one has."""
-    reason = next((w.reason for w in ways if w.reason), "")
-    return _Way(reason=reason) if reason else _Way(tuple(s for w in ways for s in w.shares))
-
-
 def _forward(gm: fx.GraphModule, node: fx.Node, affine: Affine, lazy: Lazy) -> _Way:
     """Who takes in a map of what all readers of `node` read."""
-    ways: list[_Way] = []
-    for user in node.users:
-        leaf, shape = leaf_of(gm, user), lazy.shape(node)
-        if isinstance(leaf, Conv | Linear):
-            wide = isinstance(leaf, Linear) and len(shape or ()) != 2
-            reason = f"{user.name} works along another dim than the norm" if wide else ""
-            reason = reason or why_not_before(gm, user, leaf, affine)
-            ways.append(_Way(reason=reason) if reason else _Way((_Share(user, affine),)))
-            continue
-        spread = _spread(gm, user, affine, lazy) if isinstance(leaf, Flatten | Reshape) else None
-        reason = "" if spread else _through(gm, user, affine, lazy)
-        ways.append(_Way(reason=reason) if reason else _forward(gm, user, spread or affine, lazy))
-    return _together(ways) if ways else _Way(reason=f"{node.name} is an output")
+    shares, todo = list[_Share](), [(node, affine)]
+    while todo:
+        at, part = todo.pop()
+        if not at.users:
+            return _Way(reason=f"{at.name} is an output")
+        for user in at.users:
+            leaf = leaf_of(gm, user)
+            if isinstance(leaf, Conv | Linear):
+                wide = isinstance(leaf, Linear) and len(lazy.shape(at) or ()) != 2
+                reason = f"{user.name} works along another dim than the norm" if wide else ""
+                if reason := reason or why_not_before(gm, user, leaf, part):
+                    return _Way(reason=reason)
+                shares.append(_Share(user, part))
+                continue
+            spread = _spread(gm, user, part, lazy) if isinstance(leaf, Flatten | Reshape) else None
+            if spread is None and (reason := _through(gm, user, part, lazy)):
+                return _Way(reason=reason)
+            todo.append((user, spread or part))
+    return _Way(tuple(shares))
 
 
 def _spread(gm: fx.GraphModule, node: fx.Node, affine: Affine, lazy: Lazy) -> Affine | None:
     """The map per feature behind a flattening of (N, C, …) to (N, features); None for other reshaping."""
     old, new = lazy.shape(source(node)), lazy.shape(node)
-    if old is None or new is None or len(new) != 2 or old[0] != new[0] or len(old) < 2 or not math.prod(old[1:]):
+    if (
+        not keeps_batch(leaf_of(gm, node))
+        or old is None
+        or new is None
+        or len(new) != 2
+        or old[0] != new[0]
+        or len(old) < 2
+        or not math.prod(old[1:])
+    ):
         return None
     zero, pixels = affine.scale.new_zeros(old[1]), math.prod(old[2:])
     return Affine(*((v + zero).repeat_interleave(pixels) for v in (affine.scale, affine.shift)))

@@ -11,7 +11,7 @@ from hantc.dialect.activation import Clip, Unary
 from hantc.dialect.elementwise import Binary
 from hantc.dialect.graph import leaf_of
 from hantc.dialect.pool import GlobalPool, Pool, Reduce
-from hantc.dialect.rewrites.base import Lazy, Log, Outcome, bypass, calls, constant_operand, source, swap
+from hantc.dialect.rewrites.base import Lazy, Log, Outcome, bypass, calls, constant_operand, keeps_batch, source, swap
 from hantc.dialect.shape import Cast, Concat, Flatten, Pad, Reshape, Slice, Transpose
 
 
@@ -43,9 +43,7 @@ def _moves_nothing(leaf: nn.Module, node: fx.Node, x: fx.Node, lazy: Lazy) -> st
         return "padded by nothing"
     if isinstance(leaf, Concat) and len(node.args) == 1:
         return "joined one value"
-    # (2, -1) would look the same at the example's batch of two, and only there
-    follows = not isinstance(leaf, Reshape) or leaf.keep_batch or leaf.shape[0] in (0, -1)
-    if isinstance(leaf, Reshape | Flatten) and follows and _same_shape(node, x, lazy):
+    if isinstance(leaf, Reshape | Flatten) and keeps_batch(leaf) and _same_shape(node, x, lazy):
         return "reshaped to the same shape"
     if isinstance(leaf, Slice) and _same_shape(node, x, lazy) and _off_batch(leaf.axes, x, lazy):
         return "cut off nothing"

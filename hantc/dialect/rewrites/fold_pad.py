@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import fx
 
 from hantc.dialect.activation import Clip, Unary
@@ -30,8 +30,9 @@ def _non_negative(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _lowest(pad: Pad) -> bool:
-    """Whether it pads with what no value lies below, as exporters write "same" padding of maxima."""
-    return pad.value <= float(torch.finfo(torch.float32).min)
+    """Whether it pads with what no finite value of its type lies below, as exporters write "same" padding of maxima."""
+    kind = pad.dtype if pad.dtype is not None and pad.dtype.kind == "f" else np.dtype(np.float32)
+    return pad.value <= float(np.finfo(kind).min)
 
 
 def _why_not_pool(gm: fx.GraphModule, pool: Pool, pad: Pad, x: fx.Node) -> str:

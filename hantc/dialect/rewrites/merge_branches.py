@@ -79,7 +79,7 @@ def _reach(branch: _Branch) -> int:
 def _why_not(gm: fx.GraphModule, big: _Branch, small: _Branch, lazy: Lazy) -> str:
     if any(len(branch.node.users) > 1 for branch in (big, small) if branch.leaf is not None):
         return "a branch's value is used elsewhere too"
-    if shared(gm, big.node) or shared(gm, small.node):
+    if any(shared(gm, branch.node) for branch in (big, small) if branch.leaf is not None):
         return "a branch's weights are used elsewhere too"
     if not isinstance(big.leaf, Conv):
         return "two norms of one value"

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hantc.dialect.conv import Conv
 from hantc.dialect.graph import leaf_of
 from hantc.dialect.linear import Linear
 from hantc.dialect.rewrites.base import Lazy, Log, Outcome, calls, shared, sole_user, swap
 from hantc.dialect.rewrites.fold_norm import rebuilt
+
+_TOO_LARGE = "the weights would be too large for their type"
+
+
+def _finite(leaf: nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in leaf.parameters())
 
 
 def _pointwise(conv: Conv) -> bool:
@@ -99,8 +105,12 @@ class MergeConvs:
             if new > (self.growth or 1.0) * old:
                 log.miss(f"one convolution would take {new:,} multiply-accumulates, the two take {old:,}", a, b)
                 continue
+            made = _merged(first, second)
+            if not _finite(made):
+                log.miss(_TOO_LARGE, a, b)
+                continue
             log.did(f"merged into {b.name}: {old:,} → {new:,} multiply-accumulates", a, b)
-            swap(gm, b, _merged(first, second))
+            swap(gm, b, made)
             b.args = a.args
             gm.graph.erase_node(a)
         return log.finish(gm)
@@ -125,9 +135,11 @@ class MergeLinears:
                 log.miss(f"the value of {a.name} or the weights of one of them are used elsewhere too", a, b)
             elif new > old:
                 log.miss(f"one product would take {new:,} multiply-accumulates, the two take {old:,}", a, b)
+            elif not _finite(made := _product(first, second)):
+                log.miss(_TOO_LARGE, a, b)
             else:
                 log.did(f"merged into {b.name}: {old:,} → {new:,} multiply-accumulates", a, b)
-                swap(gm, b, _product(first, second))
+                swap(gm, b, made)
                 b.args = a.args
                 gm.graph.erase_node(a)
         return log.finish(gm)

@@ -36,7 +36,7 @@ class StrideSlice:
         for node, cut in calls(gm, Slice):
             shape = lazy.shape(source(node)) if max(cut.steps, default=1) > 1 else None
             steps = pixel_steps(cut, shape, fixed=fixed) if shape is not None and len(shape) == 4 else None
-            if steps is None or steps == (1, 1):
+            if steps is None or steps == (1, 1) or not lazy.steady(source(node), (1, 2, 3)):
                 continue
             window, reason = _window(gm, source(node))
             if window is not None:
@@ -56,13 +56,12 @@ class StrideSlice:
 
 def _window(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node | None, str]:
     """The convolution or pooling that computes what is skipped, through activations; None with the reason."""
-    leaf = leaf_of(gm, node)
+    while isinstance(leaf := leaf_of(gm, node), _POINTWISE) and sole_user(node) is not None:
+        node = source(node)
     if not isinstance(leaf, (Conv, Pool, *_POINTWISE)):
         return None, "what it skips is computed by neither convolution nor pooling"
     if sole_user(node) is None:
         return None, f"the value of {node.name} is used elsewhere too"
-    if isinstance(leaf, _POINTWISE):
-        return _window(gm, source(node))
     if shared(gm, node):
         return None, f"the module of {node.name} is used elsewhere too"
     if isinstance(leaf, Pool) and leaf.ceil_mode:

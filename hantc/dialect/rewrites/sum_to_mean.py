@@ -47,9 +47,16 @@ class SumToMean:
                 continue
             axes = [a % len(shape) for a in reduce.axes]
             count, number = math.prod(shape[a] for a in axes), float(value)
-            if abs((number if binary.op == "Div" else 1 / number if number else 0) / count - 1) > _ROUNDING:
+            wanted = number if binary.op == "Div" else (1 / number if number else 0.0)
+            if not count or not abs(wanted / count - 1) <= _ROUNDING:  # nor is it for nan
                 continue
-            if 0 in axes or not sizes_are_fixed(gm) or sole_user(origin) is None or shared(gm, origin):
+            if (
+                0 in axes
+                or not lazy.steady(source(origin), axes)
+                or not sizes_are_fixed(gm)
+                or sole_user(origin) is None
+                or shared(gm, origin)
+            ):
                 log.miss("the sum is used elsewhere too, or its size is not the same in every run", origin, node)
                 continue
             swap(gm, origin, Reduce("ReduceMean", reduce.axes, reduce.keepdims))

@@ -208,3 +208,22 @@ def test_all_rewrites_together(rewriting: Rewriting) -> None:
     made, _, missed = normalize(graph)
     rewriting.equal(graph, made)
     assert ops(made) == ["Conv", "Conv", "Concat", "Relu"] and missed == []
+
+
+def test_long_ways(rewriting: Rewriting) -> None:
+    """As deep as a hostile file makes them."""
+    pools = [node("MaxPool", [f"a{i}"], [f"a{i + 1}"], kernel_shape=[3, 3], pads=[1] * 4) for i in range(1200)]
+    ahead = [node("Relu", ["x"], ["r"]), norm("r", "a0"), *pools, node("Conv", ["a1200", "w"], ["y"])]
+    behind = [node("Conv", ["x", "w"], ["a0"]), *pools, norm("a1200", "y")]
+    constants = {"w": w(4, 4, 1, 1)} | norm_constants(positive=True)
+    for nodes in (ahead, behind):
+        made, _, _ = normalize(rewriting.graph(nodes, constants, x=("N", 4, 2, 2)), [CarryNorm()])
+        assert "BatchNormalization" not in ops(made)
+
+
+def test_a_batch_that_a_reshape_names_is_the_examples_only(rewriting: Rewriting) -> None:
+    """Two is what the example has, and no other batch."""
+    nodes = [node("Conv", ["x", "w"], ["a"]), node("Reshape", ["a", "to"], ["f"]), norm("f", "y")]
+    constants = {"w": w(4, 4, 1, 1), "to": np.array([2, 4, -1])} | norm_constants()
+    r = rewriting.run(CarryNorm(), nodes, constants)
+    assert r.after == r.before and "moves values between channels" in r.reasons[0]

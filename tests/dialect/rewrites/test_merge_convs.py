@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx import NodeProto, helper
 
+from hantc.dialect.importer import import_model
 from hantc.dialect.rewrites.merge_convs import MergeConvs, MergeLinears
 
 if TYPE_CHECKING:
@@ -143,3 +144,11 @@ def test_a_product_that_others_read_stays(rewriting: Rewriting) -> None:
     ]
     r = rewriting.run(MergeLinears(), nodes, {"w1": w(8, 8), "w2": w(8, 8)}, x=("N", 8), outputs=("y", "z"))
     assert r.after == r.before and "used elsewhere too" in r.reasons[0]
+
+
+def test_products_too_large_for_their_type_stay(rewriting: Rewriting) -> None:
+    weights = {"w1": np.full((8, 6), 1e25, np.float32), "w2": np.full((6, 3), 1e25, np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w1"], ["a"]), helper.make_node("MatMul", ["a", "w2"], ["y"])]
+    graph = import_model(rewriting.models.make(nodes, {"x": ("N", 8)}, ["y"], weights))
+    applied, missed = MergeLinears().apply(graph)
+    assert not applied and "too large for their type" in missed[0].reason

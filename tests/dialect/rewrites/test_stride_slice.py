@@ -103,3 +103,10 @@ def test_a_blur_then_becomes_part_of_the_convolution_before_it(rewriting: Rewrit
     made, applied, _ = normalize(graph)
     rewriting.equal(graph, made)
     assert ops(made) == ["Conv", "Conv"] and "stride_slice" in {a.rewrite for a in applied}
+
+
+def test_long_ways(rewriting: Rewriting) -> None:
+    nodes = [node("Conv", ["x", "w"], ["a0"])]
+    nodes += [node("Tanh", [f"a{i}"], [f"a{i + 1}"]) for i in range(1500)]
+    made, applied, _ = normalize(rewriting.graph([*nodes, cut("a1500", "y")], {"w": w(4, 4, 1, 1)} | bounds()))
+    assert "stride_slice" in {a.rewrite for a in applied} and "Slice" not in ops(made)

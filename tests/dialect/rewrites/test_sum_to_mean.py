@@ -59,3 +59,21 @@ def test_a_sum_that_others_read_stays(rewriting: Rewriting) -> None:
     nodes = [node("ReduceSum", ["x", "axes"], ["s"]), node("Div", ["s", "k"], ["y"]), node("Relu", ["s"], ["z"])]
     r = rewriting.run(SumToMean(), nodes, AXES | {"k": scalar(64)}, outputs=("y", "z"))
     assert r.after == r.before and "used elsewhere" in r.reasons[0]
+
+
+@pytest.mark.parametrize("value", [3.0, np.nan])
+def test_sums_of_nothing_and_by_no_number(rewriting: Rewriting, value: float) -> None:
+    nodes = [node("ReduceSum", ["x", "axes"], ["s"], keepdims=0), node("Div", ["s", "k"], ["y"])]
+    for size in (0, 3):
+        graph = rewriting.graph(nodes, {"axes": np.array([1]), "k": scalar(value)}, x=("N", size, 4))
+        applied, _ = SumToMean().apply(graph)
+        assert bool(applied) == (size == 3 and value == 3.0)
+
+
+def test_a_batch_within_another_dim_is_not_counted(rewriting: Rewriting) -> None:
+    """Six values are summed for two images, nine for three."""
+    reshape = node("Reshape", ["x", "to"], ["t"])
+    nodes = [reshape, node("ReduceSum", ["t", "axes"], ["s"]), node("Div", ["s", "k"], ["y"])]
+    constants = {"to": np.array([1, -1, 4]), "axes": np.array([1]), "k": scalar(6)}
+    r = rewriting.run(SumToMean(), nodes, constants, x=("N", 3, 4))
+    assert r.after == r.before and "not the same in every run" in r.reasons[0]
