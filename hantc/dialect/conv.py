@@ -123,6 +123,9 @@ class Conv(Leaf):
             x, stride = x[(slice(None), slice(None), *steps)], (1,) * n
         if not self.symmetric:
             x = F.pad(x, torch_pads(self.pads))
+        if x.shape[1] == 1 and len(set(stride)) > 1:
+            # oneDNN computes a single column of one channel in channels-last strides wrongly (torch 2.13, AVX-512)
+            x = x.clone(memory_format=torch.contiguous_format)
         padding = self.pads[:n] if self.symmetric else (0,) * n
         op = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n]
         # oneDNN's depthwise gradients take up to twice as long in BF16 as in FP32 (torch 2.13, AVX512-BF16)

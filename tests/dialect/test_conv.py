@@ -1,4 +1,4 @@
-"""Convolutions in mixed precision: products in BF16, but for depthwise ones."""
+"""What torch is spared: BF16 where it is slow or too coarse, and a kernel that is wrong."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def test_precision_by_groups(groups: int, wanted: torch.dtype) -> None:
     assert torch.allclose(rounded.float(), plain, atol=0.05, rtol=0.02)
     rounded.float().sum().backward()
     assert conv.weight.grad is not None and conv.weight.grad.dtype == torch.float32
+
+
+def test_one_channel_in_odd_strides() -> None:
+    """torch 2.13 computes this one wrongly, off by as much as the values are large."""
+    torch.manual_seed(0)
+    conv = Conv(1, 2, 3, (1, 2), pads=[0] * 4)
+    x = torch.randn(3, 1, 9, 3)
+    wanted = conv.double()(x.double())
+    found = conv.float()(x.as_strided(x.shape, (27, 1, 3, 1)))
+    assert torch.allclose(found.double(), wanted, atol=1e-5)
 
 
 def test_other_types_keep_to_themselves() -> None:
