@@ -119,7 +119,8 @@ def make_console() -> Any:
     """Standard output. Where it is no terminal nothing is folded at 80 columns, for grep's sake."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=_PIPE_WIDTH)
+    plain = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(emoji=False) if plain else Console(emoji=False, width=_PIPE_WIDTH)  # "data.npz:x:" is none
 
 
 def print_json(value: Any) -> int:

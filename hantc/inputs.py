@@ -32,6 +32,7 @@ from hantc.dialect.floats import unmarked
 from hantc.dialect.importer import load_onnx, model_info, only_tensors
 from hantc.dialect.input_shape import fix_inputs
 from hantc.dialect.unfuse import unfused
+from hantc.dialect.widen import is_half, widened
 from hantc.passes.state import Clock, Context, State
 
 _CAPS = ("budget_params", "budget_macs", "budget_memory")
@@ -181,8 +182,11 @@ def _admitted(ctx: Context) -> list[str]:
 
 
 def _in_floats(model: ModelProto, trains: bool, reporter: Reporter) -> tuple[ModelProto | None, ModelProto, list[str]]:
-    """(the file as given where it is quantised already, the teacher, notes). Regions can be replaced and trained in
-    floats only; without images there is nothing to gain by that."""
+    """(the file as given where it is quantised already or in FP16, the teacher, notes). Regions can be replaced and
+    trained in FP32 only; without images there is nothing to gain by that."""
+    if trains and is_half(model) and not is_quantized(model):
+        note = "the model is in FP16: the teacher is the same in FP32, and the file as given a baseline"
+        return model, widened(model), [note]
     if not is_quantized(model):
         return None, model, []
     if not trains:

@@ -269,7 +269,7 @@ def _tell(facts: Mapping[str, Any], ctx: Context) -> None:
     given, student = facts.get("baseline_given"), facts.get("student")
     if given and student and given["latency_ms"] < student["latency_ms"]:
         ctx.note(
-            f"the quantised file as given takes {given['latency_ms']:.2f} ms, less than the student: a smaller "
+            f"the file as given takes {given['latency_ms']:.2f} ms, less than the student: a smaller "
             "--budget is needed to gain anything over it"
         )
     by_backend: Mapping[str, float] = facts["teacher_by_backend"]

@@ -13,6 +13,7 @@ import pytest
 
 from hantc.backends.registry import get_backend
 from hantc.cli import COMMANDS, compile_parser, main
+from hantc.commands import make_console
 from hantc.core.progress import Reporter
 from hantc.report.live import RichReporter
 
@@ -295,6 +296,14 @@ def test_verify(compiled: Compiled, tiny: Tiny, cli: Cli, capsys: pytest.Capture
     assert all("speed-up" in d for d in found["differences"])  # nothing but this machine's mood
     cold = found["cold"]
     assert cold["student_ms"] > 0 and cold["speedup"] == pytest.approx(cold["teacher_ms"] / cold["student_ms"])
+
+
+def test_names_between_colons_are_no_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    """Arrays of a file are told as set.npz:x: and what is the matter."""
+    RichReporter().warn("set.npz:x: all labels are 7")
+    make_console().print("set.npz:x: all labels are 7")
+    told = capsys.readouterr()
+    assert "set.npz:x: all" in told.err and "set.npz:x: all" in told.out
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -80,6 +80,12 @@ class Conv(Leaf):
             self.register_parameter("bias", None)
 
     @property
+    def in_channels(self) -> int:
+        """Of the weights as they are: pruning changes them. Read so that symbolic tracing does not see it."""
+        weight = self._parameters.get("weight")
+        return weight.shape[1] * self.groups if weight is not None else 0
+
+    @property
     def symmetric(self) -> bool:
         """Whether padding is the same on both sides of every dim."""
         n = len(self.kernel)
@@ -123,14 +129,14 @@ class Conv(Leaf):
             x, stride = x[(slice(None), slice(None), *steps)], (1,) * n
         if not self.symmetric:
             x = F.pad(x, torch_pads(self.pads))
-        if x.shape[1] == 1 and len(set(stride)) > 1:
+        if self.in_channels == 1 and len(set(stride)) > 1:
             # oneDNN computes a single column of one channel in channels-last strides wrongly (torch 2.13, AVX-512)
             x = x.clone(memory_format=torch.contiguous_format)
         padding = self.pads[:n] if self.symmetric else (0,) * n
         op = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n]
         # oneDNN's depthwise gradients take up to twice as long in BF16 as in FP32 (torch 2.13, AVX512-BF16)
-        depthwise = self.groups > 1 and weight.shape[1] == 1 and weight.dtype == torch.float32
-        if depthwise and torch.is_autocast_enabled("cpu"):
+        depthwise = 1 < self.groups == self.in_channels
+        if depthwise and torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32:
             with torch.autocast("cpu", enabled=False):
                 plain: Tensor = op(x.float(), weight, self.bias, stride, padding, self.dilation, self.groups)
             return plain

@@ -41,7 +41,7 @@ class Linear(Leaf):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """`forward` with another weight of the same shape. Of whole images (two dims: a classifier, a gate) it stays in
         FP32 in mixed precision: that is cheap, and BF16 would round logits as far as they are from a teacher's."""
-        if x.dim() == 2 and weight.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32 and x.dim() == 2:
             with torch.autocast("cpu", enabled=False):
                 return F.linear(x.float(), weight, self.bias)
         return F.linear(x, weight, self.bias)

@@ -21,7 +21,7 @@ class RichReporter(Reporter):
         super().__init__()
         from rich.console import Console
 
-        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True, emoji=False)
 
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:

@@ -107,7 +107,7 @@ class Summary(_Record):
     baseline_int8: NetworkStats | None
     baseline_int8_reason: str | None = None
     baseline_bf16: NetworkStats | None = None  # the teacher as it is, where the target computes floats in BF16
-    baseline_given: NetworkStats | None = None  # the file as given, where it was quantised already
+    baseline_given: NetworkStats | None = None  # the file as given, where it was quantised already or in FP16
     speedup: Number
     accuracy_drop: Number
     predicted_latency_ms: Number

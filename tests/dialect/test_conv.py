@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 
 from hantc.dialect.conv import Conv
 from hantc.dialect.linear import Linear
@@ -51,3 +52,9 @@ def test_classifiers_stay_in_fp32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.randn(2, 8).bfloat16()).dtype == torch.float32
         assert linear(torch.randn(2, 5, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("leaf", [Conv(1, 2, 3, (1, 2)), Conv(4, 4, 3, groups=4), Linear(8, 3)])
+def test_tracing_passes_through(leaf: torch.nn.Module) -> None:
+    """Nothing is asked of values that are not there yet."""
+    assert len(fx.symbolic_trace(leaf).graph.nodes) > 2
