@@ -14,9 +14,11 @@ from hantc.core.types import ModelInfo
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import leaf_of, tidy
 from hantc.dialect.leaf import Leaf
-from hantc.dialect.shape import Reshape
+from hantc.dialect.shape import Reshape, Slice
 
 L = TypeVar("L", bound=nn.Module)
+
+_TO_THE_END = 2**31 - 1  # a Slice's end as exporters write it, or more
 
 
 @dataclass(frozen=True)
@@ -209,3 +211,24 @@ class Lazy:
         """Shape of the node's value, if known."""
         known = self(node)
         return known.shape if known else None
+
+
+def sizes_are_fixed(gm: fx.GraphModule) -> bool:
+    """Whether only the batch is free: what else is has an invented size in `Lazy`."""
+    info = gm.meta.get("info")
+    return info is not None and all(isinstance(d, int) for spec in info.inputs for d in spec.shape[1:])
+
+
+def pixel_steps(leaf: Slice, shape: tuple[int, ...] | None, *, fixed: bool) -> tuple[int, int] | None:
+    """Of both spatial axes, if the Slice takes every n-th pixel from the first one to the end and all else whole.
+    `fixed`: whether all dims but the batch are."""
+    steps = [1] * 4
+    for start, end, axis, step in zip(leaf.starts, leaf.ends, leaf.axes, leaf.steps, strict=True):
+        if shape is None or step < 1:
+            return None
+        known = fixed and axis % 4 != 0
+        begins = start == 0 or (known and start == -shape[axis])
+        if not begins or not (end >= _TO_THE_END or (known and end >= shape[axis])):
+            return None
+        steps[axis] = step
+    return (steps[2], steps[3]) if steps[:2] == [1, 1] else None

@@ -15,11 +15,20 @@ from torch import fx
 from hantc.dialect.conv import Conv
 from hantc.dialect.elementwise import Binary
 from hantc.dialect.graph import leaf_of
-from hantc.dialect.rewrites.base import Lazy, Log, Outcome, calls, sole_user, source, swap
+from hantc.dialect.rewrites.base import (
+    Lazy,
+    Log,
+    Outcome,
+    calls,
+    pixel_steps,
+    sizes_are_fixed,
+    sole_user,
+    source,
+    swap,
+)
 from hantc.dialect.shape import Pad, Slice
 
 _CHANNELS, _RANK = 1, 4
-_TO_THE_END = 2**31 - 1  # as exporters write it, or more
 
 
 class ShortcutConv:
@@ -66,27 +75,6 @@ def _cuts(gm: fx.GraphModule, lazy: Lazy, node: fx.Node, *, fixed: bool) -> tupl
         stride = [a * b for a, b in zip(stride, steps, strict=True)]
         at = source(at)
     return found, (stride[0], stride[1])
-
-
-def sizes_are_fixed(gm: fx.GraphModule) -> bool:
-    """Whether only the batch is free: what else is has an invented size in `Lazy`."""
-    info = gm.meta.get("info")
-    return info is not None and all(isinstance(d, int) for spec in info.inputs for d in spec.shape[1:])
-
-
-def pixel_steps(leaf: Slice, shape: tuple[int, ...] | None, *, fixed: bool) -> tuple[int, int] | None:
-    """Of both spatial axes, if the Slice takes every n-th pixel from the first one to the end and all else whole.
-    `fixed`: whether all dims but the batch are."""
-    steps = [1, 1, 1, 1]
-    for start, end, axis, step in zip(leaf.starts, leaf.ends, leaf.axes, leaf.steps, strict=True):
-        if shape is None or step < 1:
-            return None
-        known = fixed and axis % _RANK != 0
-        begins = start == 0 or (known and start == -shape[axis])
-        if not begins or not (end >= _TO_THE_END or (known and end >= shape[axis])):
-            return None
-        steps[axis] = step
-    return (steps[2], steps[3]) if steps[:2] == [1, 1] else None
 
 
 def _channel_pads(pad: Pad) -> tuple[int, int] | None:

@@ -16,9 +16,20 @@ from hantc.dialect.conv import Conv
 from hantc.dialect.graph import leaf_of
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.pool import Pool
-from hantc.dialect.rewrites.base import Lazy, Log, Outcome, bypass, calls, shared, sole_user, source, swap
+from hantc.dialect.rewrites.base import (
+    Lazy,
+    Log,
+    Outcome,
+    bypass,
+    calls,
+    pixel_steps,
+    shared,
+    sizes_are_fixed,
+    sole_user,
+    source,
+    swap,
+)
 from hantc.dialect.rewrites.fold_norm import rebuilt
-from hantc.dialect.rewrites.shortcut_conv import pixel_steps, sizes_are_fixed
 from hantc.dialect.shape import Slice
 
 _POINTWISE = (Unary, Clip, Silu, HardSwish, HardSigmoid, LeakyRelu, BatchNorm)  # the same for every pixel

@@ -17,11 +17,11 @@ from hantc.dialect.rewrites.base import (
     calls,
     constant_operand,
     shared,
+    sizes_are_fixed,
     sole_user,
     source,
     swap,
 )
-from hantc.dialect.rewrites.shortcut_conv import sizes_are_fixed
 
 _ROUNDING = 1e-6  # of the factor, as float32 holds 1/49
 
