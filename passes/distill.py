@@ -253,9 +253,7 @@ def weights_key(state: State, ctx: Context, p: Proposal) -> str:
     a longer run has trained serves a shorter one."""
     assert ctx.data is not None and state.match is not None
     region = state.match.region(p.region)
-    recipe = PAPER
-    if ctx.config.recipe == "hantc":
-        recipe = {**RECIPE, "products": "bf16"} if ctx.mixed else RECIPE
+    recipe = ctx.recipe(RECIPE) if ctx.config.recipe == "hantc" else PAPER
     if ctx.config.pool == "whole":  # many more share the time, and compete for places
         recipe = {**recipe, "pool": "whole"}
     return digest(

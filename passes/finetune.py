@@ -28,8 +28,7 @@ class Finetune:
         if ctx.data is None or not changed:
             return state
         student = state.student
-        recipe = {**RECIPE, "products": "bf16"} if ctx.mixed else RECIPE
-        own = {"recipe": recipe, "effort": [asdict(ctx.effort), ctx.config.seed]}
+        own = {"recipe": ctx.recipe(RECIPE), "effort": [asdict(ctx.effort), ctx.config.seed]}
         key = digest({**student_facts(state, student, ctx.data), **own})
         stored = ctx.store.get_tensors("finetuned", key)
         if stored is not None:

@@ -129,6 +129,10 @@ class Context:
         """How INT8 is written for the target."""
         return QuantSpec(reduce_range=self.capabilities.reduce_range, symmetric=self.capabilities.symmetric)
 
+    def recipe(self, own: Mapping[str, object]) -> dict[str, object]:
+        """What a training does, for its key in the store: its own recipe, and what products are computed in."""
+        return {**own, "products": "bf16"} if self.mixed else dict(own)
+
     @property
     def memory_limit(self) -> int:
         """Bytes that the process should stay below."""
