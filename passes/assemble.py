@@ -113,14 +113,18 @@ def to_onnx(
     ctx: Context,
     feeds: Sequence[Feeds],
     calibration: Calibration = "robust",
+    *,
+    correct_biases: bool = False,
 ) -> ModelProto:
-    """The student as one ONNX file; INT8 regions as QDQ with ranges from `feeds`, the rest in the engine's layout."""
+    """The student as one ONNX file; INT8 regions as QDQ with ranges, and corrections of biases where asked for, from
+    `feeds`; the rest in the engine's layout."""
     regions = blueprint.int8
     emitted = emit(student, opset=MIN_OPSET if regions else None)  # `to_fp16` raises it where it must
     model = emitted.model
     if regions:
         nodes = [n for r in regions for n in emitted.nodes.get(r, ())]
-        model = quantize(model, nodes, feeds, replace(ctx.quant, calibration=calibration))
+        spec = replace(ctx.quant, calibration=calibration, correct_biases=correct_biases)
+        model = quantize(model, nodes, feeds, spec)
     if not ctx.capabilities.channel_block or ctx.base != "fp32":
         return model
     model, behind = anchored(model, ctx.capabilities.channel_block)

@@ -1,15 +1,17 @@
-"""Which way of choosing INT8 ranges suits a student: each is tried, and judged on the search split by what its file
-computes.
+"""Which way of quantising suits a student: each is tried, and judged on the search split by what its file computes.
 
-No way is best everywhere: the largest values matter in some networks, and blur everything else in others. Students
-that were fine-tuned learned to live with the robust ranges, so that another way has to be clearly better.
+No way of choosing ranges is best everywhere: the largest values matter in some networks, and blur everything else in
+others. With the best of them, biases may be corrected too (`dialect.qdq_bias`), which serves students that nothing was
+trained in. Those that were fine-tuned learned to live with the robust ranges, so that another way has to be clearly
+better.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -27,9 +29,24 @@ from hantc.passes.engine import Judge, output_kind
 from hantc.passes.state import Context, State
 
 _CLEARLY = 0.97  # of the robust ranges' divergence
-_VERSION = 1
+_VERSION = 2
 _SHARE = 0.03  # of the run's time limit
-_WAYS: Sequence[Calibration] = get_args(Calibration)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a file is quantised: ranges, and whether biases are corrected."""
+
+    ranges: Calibration
+    correct_biases: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.ranges}, biases corrected" if self.correct_biases else self.ranges
+
+
+RANGES: Sequence[Way] = tuple(Way(ranges) for ranges in get_args(Calibration))
+WAYS: Sequence[Way] = (*RANGES, *(replace(way, correct_biases=True) for way in RANGES))
+Make = Callable[[Way], ModelProto]
 
 
 class FileModule(nn.Module):
@@ -51,55 +68,61 @@ class FileModule(nn.Module):
         return torch.from_numpy(np.concatenate(found))
 
 
-def best_calibration(
-    state: State, ctx: Context, data: Dataset, make: Callable[[Calibration], ModelProto]
-) -> ModelProto:
-    """Of the files that `make` makes with each way of calibrating, the one whose outputs are nearest to the teacher's.
+def best_calibration(state: State, ctx: Context, data: Dataset, make: Make) -> ModelProto:
+    """Of the files that `make` makes with each way, the one whose outputs are nearest to the teacher's.
 
-    Ways that fail are left out, and so are those for which there is no time; the robust one is always tried. What was
+    Ways that fail are left out, and so are those for which there is no time; the first one is always tried. What was
     found is kept in the store: the same student is emitted alike however busy the machine is then.
     """
-    files: dict[Calibration, ModelProto] = {_WAYS[0]: make(_WAYS[0])}
-    key = _key(state, ctx, data, files[_WAYS[0]])
-    found: dict[Calibration, float] | None = ctx.store.get_json("calibration", key)
-    if found is None:
+    files = {WAYS[0]: make(WAYS[0])}
+    key = _key(state, ctx, data, files[WAYS[0]])
+    stored: dict[str, float] | None = ctx.store.get_json("calibration", key)
+    if stored is None:
         found = _divergences(state, ctx, data, make, files)
-        ctx.store.put_json("calibration", key, found)
+        ctx.store.put_json("calibration", key, {str(way): d for way, d in found.items()})
+    else:
+        found = {way: stored[str(way)] for way in WAYS if str(way) in stored}
     best = choose(found)
-    if best != _WAYS[0]:
-        share = 100 * (1 - found[best] / found[_WAYS[0]])
+    if best != WAYS[0]:
+        share = 100 * (1 - found[best] / found[WAYS[0]])
         ctx.note(f"INT8 ranges were chosen by {best}: {share:.0f} % nearer to the teacher on search images")
     return files[best] if best in files else make(best)
 
 
 def _divergences(
-    state: State,
-    ctx: Context,
-    data: Dataset,
-    make: Callable[[Calibration], ModelProto],
-    files: dict[Calibration, ModelProto],
-) -> dict[Calibration, float]:
+    state: State, ctx: Context, data: Dataset, make: Make, files: dict[Way, ModelProto]
+) -> dict[Way, float]:
     """How far each way's file is from the teacher, of those for which there is time; new ones are put into `files`."""
     assert state.network is not None
     info, start = state.network.meta["info"], time.monotonic()
     kind = output_kind(state.network, example_inputs(info, 2)[0], data.num_classes)
     judge = Judge(state.network, data.search, kind, limit=ctx.effort.score_images, blend=True)
-    found: dict[Calibration, float] = {}
-    with ctx.reporter.bar("choosing INT8 ranges", len(_WAYS)) as bar:
-        for way in _WAYS:
+    found: dict[Way, float] = {}
+    with ctx.reporter.bar("choosing INT8 ranges", len(RANGES) + 2) as bar:
+        for way in _candidates(found):
             if found and time.monotonic() - start > _SHARE * ctx.clock.limit_s:
                 break
             try:
                 files[way] = files[way] if way in files else make(way)
                 found[way] = judge(FileModule(ctx, files[way], info.inputs[0]))["kl"]
             except HantcError as error:
-                if way == _WAYS[0]:
+                if way == WAYS[0]:
                     raise
-                ctx.reporter.event("calibration_failed", way=way, reason=error.message)
+                ctx.reporter.event("calibration_failed", way=str(way), reason=error.message)
                 continue
             bar.advance()
-    ctx.reporter.event("calibration", chosen=choose(found), divergence=found)
+    divergence = {str(way): d for way, d in found.items()}
+    ctx.reporter.event("calibration", chosen=str(choose(found)), divergence=divergence)
     return found
+
+
+def _candidates(found: dict[Way, float]) -> Iterator[Way]:
+    """The first ranges, with biases as they are and corrected, the other ranges, and the best of all corrected."""
+    yield from (WAYS[0], replace(WAYS[0], correct_biases=True))
+    yield from RANGES[1:]
+    best = replace(choose({way: d for way, d in found.items() if not way.correct_biases}), correct_biases=True)
+    if best not in found:
+        yield best
 
 
 def _key(state: State, ctx: Context, data: Dataset, robust: ModelProto) -> str:
@@ -110,8 +133,8 @@ def _key(state: State, ctx: Context, data: Dataset, robust: ModelProto) -> str:
     return digest({**by, "file": file, "teacher": state.model_hash, "data": data.training_stamp})
 
 
-def choose(divergence: dict[Calibration, float]) -> Calibration:
-    """The way of least divergence, if it is clearly better than the robust one."""
+def choose(divergence: dict[Way, float]) -> Way:
+    """The way of least divergence, if it is clearly better than the first one."""
     first = next(iter(divergence))
     finite = {way: d for way, d in divergence.items() if np.isfinite(d)}
     best = min(finite, key=lambda way: finite[way], default=first)

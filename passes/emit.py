@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar
 
+from onnx import ModelProto
+
 from hantc.passes.assemble import Blueprint, calibration_feeds, deployable, to_onnx
-from hantc.passes.calibrate import best_calibration
+from hantc.passes.calibrate import WAYS, Way, best_calibration
 from hantc.passes.state import Context, State
 
 _IMAGES = 256
@@ -18,8 +19,8 @@ _UNFUSED = (
 
 
 class Emit:
-    """Student -> one ONNX model; INT8 regions become QDQ with ranges calibrated on the train split,
-    in the way that suits the student best on the search split."""
+    """Student -> one ONNX model; INT8 regions become QDQ with ranges (and, where it helps, biases) from the
+    train split, in the way that suits the student best on the search split."""
 
     name: ClassVar[str] = "emit"
     requires: ClassVar[tuple[str, ...]] = ("student", "plan")
@@ -31,8 +32,12 @@ class Emit:
         blueprint = Blueprint.of(state.plan.choices)
         needed = bool(blueprint.int8) or ctx.base == "fp16"
         feeds = calibration_feeds(state.student, ctx.data, _IMAGES, 32) if ctx.data and needed else []
-        make = partial(to_onnx, state.student, blueprint, ctx, feeds)
-        model = best_calibration(state, ctx, ctx.data, make) if ctx.data and blueprint.int8 else make()
+        student = state.student
+
+        def make(way: Way) -> ModelProto:
+            return to_onnx(student, blueprint, ctx, feeds, way.ranges, correct_biases=way.correct_biases)
+
+        model = best_calibration(state, ctx, ctx.data, make) if ctx.data and blueprint.int8 else make(WAYS[0])
         if blueprint.int8 and ctx.base == "fp16":
             ctx.note(_UNFUSED)
         return replace(state, emitted=deployable(model, ctx, feeds))

@@ -39,12 +39,14 @@ class QuantSpec:
     zero, biases stay floats, and what an engine computes in a product's own kernel (an activation, a residual sum)
     follows it unrounded, as TensorRT asks for. `calibration`: how a tensor's range
     follows from data; `robust` cuts off what only a few images reach (`ranges.robust_range`); `percentile`
-    (99.999 %) and `entropy`, onnxruntime's own, cut off single values, and cost more memory and time."""
+    (99.999 %) and `entropy`, onnxruntime's own, cut off single values, and cost more memory and time.
+    `correct_biases`: what rounding does to products' outputs in the mean is taken back (`qdq_bias`)."""
 
     reduce_range: bool
     per_channel: bool = True
     calibration: Calibration = "minmax"
     symmetric: bool = False
+    correct_biases: bool = False
 
 
 def quantize(
@@ -57,7 +59,7 @@ def quantize(
     `model` is not changed; names, metadata and opset survive. HantcError if the opset is below 13, a name is
     unknown, there is no calibration data, or a range is not finite.
     """
-    from hantc.dialect import qdq_ort, qdq_ranges
+    from hantc.dialect import qdq_bias, qdq_ort, qdq_ranges
 
     work, selected = _start(model, nodes, spec)
     if not selected:
@@ -67,7 +69,12 @@ def quantize(
         ranges = qdq_ranges.image_ranges(work, selected, calibration)
     else:
         ranges = qdq_ort.calibrated_ranges(work, selected, calibration, spec.calibration)
-    return _finish(model, work, selected, ranges, spec)
+    named = onnx.ModelProto()
+    named.CopyFrom(work)
+    made = _finish(model, work, selected, ranges, spec)
+    if spec.correct_biases:
+        qdq_bias.correct_biases(named, made, calibration)
+    return made
 
 
 def quantize_for_timing(

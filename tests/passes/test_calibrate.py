@@ -1,10 +1,10 @@
-"""INT8 ranges chosen by what files lose."""
+"""INT8 ranges, and whether biases are corrected, chosen by what files lose."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,9 +14,8 @@ from onnx import ModelProto
 from hantc.core.errors import HantcError
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
-from hantc.dialect.qdq import Calibration
 from hantc.passes.assemble import Blueprint, calibration_feeds, to_onnx
-from hantc.passes.calibrate import FileModule, best_calibration, choose
+from hantc.passes.calibrate import RANGES, WAYS, FileModule, Way, best_calibration, choose
 from hantc.passes.emit import Emit
 from hantc.passes.engine import Judge, output_kind
 
@@ -24,22 +23,27 @@ if TYPE_CHECKING:
     from hantc.passes.state import Context, State
     from tests.passes.conftest import Lab, Recorder
 
-WAYS: tuple[Calibration, ...] = get_args(Calibration)
+ROBUST, MINMAX, PERCENTILE, ENTROPY = RANGES
+CORRECTED = replace(ROBUST, correct_biases=True)
+
+
+def test_there_are_corrected_biases_for_all_ranges() -> None:
+    assert len(set(WAYS)) == len({str(way) for way in WAYS}) == 2 * len(RANGES)
 
 
 @pytest.mark.parametrize(
     ("found", "best"),
     [
-        ((1.0, 1.0, 1.0, 1.0), "robust"),
-        ((1.0, 0.99, 2.0, 3.0), "robust"),  # not clearly better
-        ((1.0, 0.9, 2.0, 0.8), "entropy"),
-        ((1.0, math.nan, 0.5, 0.8), "percentile"),
-        ((math.nan, 7.0, 6.0, 8.0), "percentile"),
-        ((math.nan, math.nan, math.nan, math.nan), "robust"),
+        ((1.0, 1.0, 1.0, 1.0), ROBUST),
+        ((1.0, 0.99, 2.0, 3.0), ROBUST),  # not clearly better
+        ((1.0, 0.9, 2.0, 0.8), ENTROPY),
+        ((1.0, math.nan, 0.5, 0.8), PERCENTILE),
+        ((math.nan, 7.0, 6.0, 8.0), PERCENTILE),
+        ((math.nan, math.nan, math.nan, math.nan), ROBUST),
     ],
 )
-def test_the_nearest_wins_if_clearly_better(found: tuple[float, ...], best: Calibration) -> None:
-    assert choose(dict(zip(WAYS, found, strict=True))) == best
+def test_the_nearest_wins_if_clearly_better(found: tuple[float, ...], best: Way) -> None:
+    assert choose(dict(zip(RANGES, found, strict=True))) == best
 
 
 def test_a_file_computes_what_its_network_does(lab: Lab) -> None:
@@ -76,17 +80,29 @@ def judged(state: State, ctx: Context, model: ModelProto) -> float:
     return judge(FileModule(ctx, model, info.inputs[0]))["kl"]
 
 
+def made(state: State, ctx: Context, way: Way) -> ModelProto:
+    """The student's file, quantised in one way."""
+    assert state.student is not None and state.plan is not None and ctx.data is not None
+    feeds = calibration_feeds(state.student, ctx.data, 256, 32)
+    blueprint = Blueprint.of(state.plan.choices)
+    return to_onnx(state.student, blueprint, ctx, feeds, way.ranges, correct_biases=way.correct_biases)
+
+
 def test_the_emitted_file_is_the_best_of_all_ways(lab: Lab) -> None:
     ctx, state = lab.fresh(backend=lab.ort), lab.rewritten()
     emitted = Emit().call(state, ctx).emitted
     assert emitted is not None and state.student is not None and state.plan is not None and ctx.data is not None
-    blueprint = Blueprint.of(state.plan.choices)
-    feeds = calibration_feeds(state.student, ctx.data, 256, 32)
-    losses = {way: judged(state, ctx, to_onnx(state.student, blueprint, ctx, feeds, way)) for way in WAYS}
+    tried = [*RANGES, CORRECTED]
+    losses = {way: judged(state, ctx, made(state, ctx, way)) for way in tried}
+    nearest = replace(min(RANGES, key=lambda way: losses[way]), correct_biases=True)
+    losses[nearest] = judged(state, ctx, made(state, ctx, nearest))
     reporter: Recorder = ctx.reporter  # type: ignore[assignment]
     event = reporter.last("calibration")
-    assert event["divergence"] == pytest.approx(losses)
-    assert judged(state, ctx, emitted) == pytest.approx(losses[choose(losses)])
+    found = event["divergence"]
+    assert {k: found[k] for k in map(str, tried)} == pytest.approx({str(way): losses[way] for way in tried})
+    assert found == pytest.approx({str(way): losses[way] for way in losses if str(way) in found})
+    assert event["chosen"] == str(choose({way: losses[way] for way in losses if str(way) in found}))
+    assert judged(state, ctx, emitted) == pytest.approx(found[event["chosen"]])
     assert bool(ctx.notes) == (event["chosen"] != "robust")
 
 
@@ -96,16 +112,16 @@ def test_ways_that_fail_are_left_out_but_not_the_first(lab: Lab) -> None:
     model = emit(state.network).model
     tried = []
 
-    def make(way: Calibration) -> ModelProto:
+    def make(way: Way) -> ModelProto:
         tried.append(way)
         if way == failing:
             raise HantcError("no ranges")
         return model
 
-    failing = "minmax"
+    failing = MINMAX
     assert best_calibration(state, ctx, ctx.data, make) is model
-    assert tried == list(WAYS)
-    failing = "robust"
+    assert tried == [ROBUST, CORRECTED, MINMAX, PERCENTILE, ENTROPY]  # none is nearer than the first
+    failing = ROBUST
     with pytest.raises(HantcError, match="no ranges"):
         best_calibration(state, ctx, ctx.data, make)
 
@@ -114,20 +130,20 @@ def test_a_run_without_time_takes_the_first(lab: Lab) -> None:
     ctx, state = lab.fresh(backend=lab.ort), lab.scored
     assert state.network is not None and ctx.data is not None
     ctx.clock.limit_s = 0.0
-    tried: list[Calibration] = []
+    tried: list[Way] = []
     model = emit(state.network).model
 
-    def make(way: Calibration) -> ModelProto:
+    def make(way: Way) -> ModelProto:
         tried.append(way)
         return model
 
     best_calibration(state, ctx, ctx.data, make)
-    assert tried == ["robust"]
+    assert tried == [ROBUST]
     best_calibration(state, ctx, ctx.data, make)  # the same run again: as it was
-    assert tried == ["robust", "robust"]
+    assert tried == [ROBUST, ROBUST]
     ctx.clock.limit_s = 1e6  # a longer one may try more
     best_calibration(state, ctx, ctx.data, make)
-    assert tried == ["robust", "robust", *WAYS]
+    assert tried == [ROBUST, ROBUST, ROBUST, CORRECTED, *RANGES[1:]]
 
 
 def test_a_choice_is_made_once(lab: Lab) -> None:

@@ -1,0 +1,146 @@
+"""Biases of quantised products, corrected by what rounding does to their outputs in the mean. Imports onnxruntime on
+first use.
+
+Empirical bias correction (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
+§4.2 and appendix): rounded weights and activations shift the mean of a channel, and such shifts add up from layer to
+layer. The mean over calibration data, in floats and quantised, tells them, and a product's bias takes them back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from hantc.core.backend_api import Feeds
+from hantc.core.errors import HantcError
+from hantc.dialect.qdq_graph import opset_of
+
+Array = np.ndarray[Any, Any]
+
+_PREFIX = "hantc_mean_"
+# Products are corrected in groups, in the order of the graph: few groups take few runs, but what is taken back in one
+# product changes those behind it. One at a time, 4 and 10 at a time brought EfficientNet-B0's divergence from 0.0070 to
+# 0.0055, 0.0058 and 0.032.
+_GROUPS, _LARGEST = 20, 4
+_WITH_BIAS = frozenset({"Conv", "Gemm"})
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A node with a bias of its own. `scale`: of the bias's integers, (channels,) or (); None where it is in floats."""
+
+    node: str
+    rank: int  # of the output, channels in dimension 1
+    bias: str
+    scale: Array | None
+
+
+def correct_biases(model: onnx.ModelProto, quantised: onnx.ModelProto, feeds: Sequence[Feeds]) -> None:
+    """Change the biases of `quantised`, made from `model`, front to back, so that its products' outputs have `model`'s
+    channel means over all feeds. In place. HantcError if either does not run on a feed.
+
+    Convolutions and Gemms with a bias that nothing else reads, int32 or float; others are left as they are.
+    """
+    products = _correctable(model, quantised)
+    if not products:
+        return
+    wanted = _means(model, products, feeds)
+    biases = {i.name: i for i in quantised.graph.initializer}
+    size = min(_LARGEST, math.ceil(len(products) / _GROUPS))
+    for i in range(0, len(products), size):
+        some = products[i : i + size]
+        found = _means(quantised, some, feeds)
+        for p in some:
+            bias = numpy_helper.to_array(biases[p.bias])
+            moved = _moved(bias, wanted[p.node] - found[p.node], p.scale)
+            biases[p.bias].CopyFrom(numpy_helper.from_array(moved, p.bias))
+
+
+def _moved(bias: Array, shift: Array, scale: Array | None) -> Array:
+    """The bias with `shift` (float64) added, in its own type; channels whose mean is not finite stay."""
+    shift = np.where(np.isfinite(shift), shift, 0.0)
+    if scale is None:
+        return (bias + shift).astype(bias.dtype)
+    limits = np.iinfo(bias.dtype)
+    return np.clip(np.rint(bias + shift / scale), limits.min, limits.max).astype(bias.dtype)
+
+
+def _correctable(model: onnx.ModelProto, quantised: onnx.ModelProto) -> list[_Product]:
+    """The quantised products of both models that have a bias of their own, in the order of the graph."""
+    graph = quantised.graph
+    constants = {i.name: i for i in graph.initializer}
+    makers = {o: n for n in graph.node for o in n.output}
+    read = [i for n in graph.node for i in n.input]
+    names = {n.name for n in model.graph.node if n.op_type in _WITH_BIAS}
+    found = []
+    for node in graph.node:
+        if node.name not in names or node.op_type not in _WITH_BIAS or len(node.input) < 3:
+            continue
+        weight = makers.get(node.input[1])
+        if weight is None or weight.op_type != "DequantizeLinear" or weight.input[0] not in constants:
+            continue
+        rank = len(constants[weight.input[0]].dims)
+        channels = constants[weight.input[0]].dims[_channel_axis(node)]
+        bias = makers.get(node.input[2])
+        if bias is not None and bias.op_type == "DequantizeLinear" and bias.input[0] in constants:
+            name, scale = bias.input[0], numpy_helper.to_array(constants[bias.input[1]]).astype(np.float64)
+        elif node.input[2] in constants and constants[node.input[2]].data_type == TensorProto.FLOAT:
+            name, scale = node.input[2], None
+        else:
+            continue
+        if read.count(name) == read.count(node.input[2]) == 1 and list(constants[name].dims) == [channels]:
+            found.append(_Product(node.name, rank, name, scale))
+    return found
+
+
+def _channel_axis(node: NodeProto) -> int:
+    """Which dimension of a product's weight its output channels are."""
+    transposed = any(a.name == "transB" and a.i for a in node.attribute)
+    return 1 if node.op_type == "Gemm" and not transposed else 0
+
+
+def _means(model: onnx.ModelProto, products: Sequence[_Product], feeds: Sequence[Feeds]) -> dict[str, Array]:
+    """Channel means of each product's output over all feeds, in float64."""
+    import onnxruntime as ort
+
+    copy, made = _watched(model, products)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    sums, images = [np.zeros(()) for _ in made], 0
+    try:
+        session = ort.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        for feed in feeds:
+            size = max((a.shape[0] for a in feed.values() if a.ndim), default=1)
+            values = session.run(made, dict(feed))
+            sums = [s + size * v.astype(np.float64) for s, v in zip(sums, values, strict=True)]
+            images += size
+    except Exception as e:  # onnxruntime's own exceptions share no base class
+        raise HantcError(f"correcting biases fails: {type(e).__name__}: {e}") from e
+    return {p.node: s / images for p, s in zip(products, sums, strict=True)}
+
+
+def _watched(model: onnx.ModelProto, products: Sequence[_Product]) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy of the model with the channel means of each product's output as outputs; their names."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph, made = copy.graph, list[str]()
+    outputs = {n.name: n.output[0] for n in graph.node}
+    old = opset_of(model) < 18
+    for k, p in enumerate(products):
+        axes = [d for d in range(p.rank) if d != 1]
+        out = f"{_PREFIX}{k}"
+        if old:
+            node = helper.make_node("ReduceMean", [outputs[p.node]], [out], keepdims=0, axes=axes)
+        else:
+            graph.initializer.append(numpy_helper.from_array(np.asarray(axes, np.int64), f"{out}_axes"))
+            node = helper.make_node("ReduceMean", [outputs[p.node], f"{out}_axes"], [out], keepdims=0)
+        graph.node.append(node)
+        graph.output.append(helper.make_tensor_value_info(out, TensorProto.FLOAT, None))
+        made.append(out)
+    return copy, made
