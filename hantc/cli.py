@@ -36,7 +36,8 @@ USAGE, INTERNAL, INTERRUPTED = 2, 3, 130
 _INSIST_S = 1.0
 _EFFORT_HELP = "time limit: " + ", ".join(f"{n} {e.time_limit_s / 60:g} min" for n, e in EFFORTS.items())
 _POOL_HELP = "candidates from scratch: a sample of each family, or all (measuring them takes minutes, training longer)"
-_TRAIN_HELP = "what training multiplies in; auto: bf16 on CPUs with AVX512-BF16 (without AMX, where it was not tried)"
+_DEVICE_HELP = "where candidates and students learn; auto: on an NVIDIA GPU if there is one and torch is built for it"
+_TRAIN_HELP = "what training multiplies in; auto: bf16 on GPUs that have it, and on CPUs with AVX512-BF16 but no AMX"
 _RECIPE_HELP = "how candidates are trained; paper: as published (SGD, an epoch each; far slower, no limit)"
 
 _EPILOG = """\
@@ -100,6 +101,7 @@ def compile_parser() -> argparse.ArgumentParser:
     g.add_argument("--pool", choices=("sample", "whole"), default="sample", help=_POOL_HELP)
     g.add_argument("--region", action="append", metavar="FROM:TO", help=REGION_HELP)
     g.add_argument("--recipe", choices=("hantc", "paper"), default="hantc", help=_RECIPE_HELP)
+    g.add_argument("--train-device", choices=("auto", "cpu", "cuda"), default="auto", help=_DEVICE_HELP)
     g.add_argument("--train-precision", choices=("auto", "fp32", "bf16"), default="auto", help=_TRAIN_HELP)
     g.add_argument("--memory", metavar="8G", help="RAM to stay below while training; default half of the machine's")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; default 0")

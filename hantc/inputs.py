@@ -14,7 +14,8 @@ import torch
 from onnx import ModelProto
 from pydantic import ValidationError
 
-from hantc.backends.device import channel_block, needs_reduced_range, physical_cores, trains_in_bf16
+from hantc.backends.device import channel_block, needs_reduced_range, physical_cores
+from hantc.backends.learning import learning_device, multiplies_bf16
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
 from hantc.core.backend_api import Backend, Capabilities, Optimizer
@@ -33,6 +34,7 @@ from hantc.dialect.importer import load_onnx, model_info, only_tensors
 from hantc.dialect.input_shape import fix_inputs
 from hantc.dialect.unfuse import unfused
 from hantc.dialect.widen import is_half, widened
+from hantc.passes.place import CPU
 from hantc.passes.state import Clock, Context, State
 
 _CAPS = ("budget_params", "budget_macs", "budget_memory")
@@ -125,6 +127,7 @@ def prepare(
             "needs --data: exact rewrites alone do not take less memory", where="--budget-memory", hint="give images"
         )
     precisions = _precisions(config, target, capabilities, exact=data is None)
+    device, mixed, learning = _learning(config, trains=data is not None and not measure_only)
     store = Store(config.store)
     _begin(config, reporter)
     given, model, more = _in_floats(model, data is not None, reporter)
@@ -142,15 +145,25 @@ def prepare(
         threads=threads,
         out=config.out,
         data=data,
-        mixed=config.train_precision == "bf16" or (config.train_precision == "auto" and trains_in_bf16()),
+        device=device,
+        mixed=mixed,
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )
-    if config.train_precision == "bf16" and not trains_in_bf16():
-        ctx.note("--train-precision bf16: this CPU has no AVX512-BF16, or AMX beside it, where it was not tried")
-    for note in (*capabilities.notes, *(data.notes if data else ()), *notes, *more, *_admitted(ctx)):
+    for note in (*capabilities.notes, *learning, *(data.notes if data else ()), *notes, *more, *_admitted(ctx)):
         ctx.note(note)
     return State(model=model, model_hash=_hash(model), given=given, given_hash=_hash(given) if given else ""), ctx
+
+
+def _learning(config: CompileConfig, *, trains: bool) -> tuple[torch.device, bool, list[str]]:
+    """(where candidates and students learn, whether their products are in BF16, notes)."""
+    device, notes = learning_device(config.train_device if trains else "cpu")
+    fast = multiplies_bf16(device)
+    if config.train_precision == "bf16" and not fast:
+        slow = "this CPU has no AVX512-BF16, or AMX beside it, where it was not tried"
+        why = slow if device == CPU else "this GPU does not multiply BF16 numbers by itself"
+        notes = [*notes, f"--train-precision bf16: {why}"]
+    return device, config.train_precision == "bf16" or (config.train_precision == "auto" and fast), notes
 
 
 def _engine(config: CompileConfig, target: Target) -> tuple[Backend, Capabilities]:

@@ -41,7 +41,7 @@ class Way:
     correct_biases: bool = False
 
     def __str__(self) -> str:
-        return f"{self.ranges}, biases corrected" if self.correct_biases else self.ranges
+        return f"{self.ranges} with corrected biases" if self.correct_biases else self.ranges
 
 
 RANGES: Sequence[Way] = tuple(Way(ranges) for ranges in get_args(Calibration))

@@ -20,6 +20,7 @@ from hantc.passes.engine import trainable
 from hantc.passes.limits import allowances
 from hantc.passes.paper import RECIPE as PAPER
 from hantc.passes.paper import train_paper
+from hantc.passes.place import room
 from hantc.passes.plug import origin_of
 from hantc.passes.shortlist import shortlist
 from hantc.passes.state import Context, Proposal, State, WeightMap
@@ -65,7 +66,7 @@ class Distill:
         weights, todo, outdone = self._stored(state, ctx, keyed)
         skipped += outdone
         wanted, trained = {key for _, key in todo}, 0
-        every = parts(keyed, ctx.memory_limit // 2)
+        every = parts(keyed, room(ctx.device, ctx.memory_limit) // 2)
         open_parts = [part for part in every if any(key in wanted for _, key in part)]
         for i, part in enumerate(open_parts):
             left = sum(map(len, open_parts[i:]))

@@ -18,6 +18,7 @@ from hantc.data.dataset import Dataset, Split
 from hantc.dialect.norm import BatchNorm
 from hantc.dialect.opaque import Opaque
 from hantc.dialect.spread import image_variance, ordinary, per_image
+from hantc.passes.place import CPU
 
 
 def first_output(result: object) -> Tensor:
@@ -128,10 +129,10 @@ def augmentation(network: fx.GraphModule, data: Dataset, kind: OutputKind, batch
     return Augment(shift=shift, flip=flip)
 
 
-def multiplied_in_bf16(on: bool) -> torch.autocast:
-    """Inside, convolutions and matrix products round what they multiply to BF16 (mixed precision: weights, their
-    gradients and moments stay in FP32)."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=on)
+def multiplied_in_bf16(on: bool, device: torch.device = CPU) -> torch.autocast:
+    """Inside, `device`'s convolutions and matrix products round what they multiply to BF16 (mixed precision: weights,
+    their gradients and moments stay in FP32)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def takes_bf16(module: nn.Module) -> bool:
@@ -168,6 +169,11 @@ def mixed(x: Tensor, y: Tensor | None, generator: torch.Generator, share: float)
     weight = torch.rand(x.shape[0], *([1] * (x.dim() - 1)), generator=generator)
     other = x[torch.randperm(x.shape[0], generator=generator)]
     return fast_layout(torch.lerp(x, other, weight)), None
+
+
+def moved(x: Tensor, y: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """A batch on a device."""
+    return x.to(device), None if y is None else y.to(device)
 
 
 def epochs(split: Split, size: int, augment: Augment | None, seed: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -270,8 +276,8 @@ def judging_batches(
 
 
 class Judge:
-    """Evaluates networks on one split against one teacher, whose outputs are computed once; `blend` as
-    `judging_batches`."""
+    """Evaluates networks on one split against one teacher, whose outputs are computed once, all on one device; `blend`
+    as `judging_batches`."""
 
     def __init__(
         self,
@@ -282,14 +288,16 @@ class Judge:
         limit: int | None = None,
         batch: int = 100,
         blend: bool = False,
+        device: torch.device = CPU,
     ) -> None:
-        self.split, self.kind, self.batch, self.blend = split, kind, batch, blend
+        self.split, self.kind, self.batch, self.blend, self.device = split, kind, batch, blend, device
         self.n = min(len(split), limit or len(split))
         with torch.no_grad():
             self.outputs = [first_output(teacher(x)) for x, _, _ in self._batches()]
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
-        return judging_batches(self.split, self.n, self.batch, blend=self.blend)
+        for x, y, blended in judging_batches(self.split, self.n, self.batch, blend=self.blend):
+            yield *moved(x, y, self.device), blended
 
     def __call__(self, module: nn.Module) -> dict[str, float]:
         """Mean CE (nan without labels), KL or divergence, accuracy in percent (nan), agreement; all but the

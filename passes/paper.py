@@ -15,6 +15,7 @@ from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import with_taps
 from hantc.passes.checkpoint import Checkpoint
 from hantc.passes.engine import TimeBox, augmentation, epochs, fast_module, output_kind, set_rate, trainable
+from hantc.passes.place import CPU, copied_to, place_of
 from hantc.passes.state import Context
 from hantc.passes.training import Job, activations, resume, save, step
 
@@ -33,11 +34,12 @@ def train_paper(
     rounds = one_each(sorted(jobs, key=lambda j: j.key))  # whatever their order when an interrupted run began
     sample = example_inputs(network.meta["info"], 2)[0]
     augment = augmentation(network, data, output_kind(network, sample, data.num_classes))
+    size = ctx.effort.batch_size
     done = round(resume(jobs, checkpoint) * len(rounds))
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates in {len(rounds)} epochs", len(rounds)) as bar:
         bar.advance(done)
         for k, part in enumerate(rounds[done:], done):
-            one_epoch(network, part, data, augment, size=ctx.effort.batch_size, seed=ctx.config.seed + k, rate=RATE)
+            one_epoch(network, part, data, augment, size=size, seed=ctx.config.seed + k, rate=RATE, device=ctx.device)
             save(jobs, checkpoint, (k + 1) / len(rounds))
             bar.advance(1)
     ctx.clock.excuse(time.monotonic() - begun)
@@ -66,18 +68,20 @@ def one_epoch(
     size: int,
     seed: int,
     rate: float,
+    device: torch.device = CPU,
 ) -> None:
     """One pass over the training images in batches of `size`, for one candidate of each region."""
     size = min(size, len(data.train))
     taps = sorted({j.region.input for j in jobs} | {j.region.output for j in jobs})
-    tapped = fast_module(with_taps(network, taps, output=False))
+    device = place_of(device, network)
+    tapped = copied_to(device, fast_module(with_taps(network, taps, output=False)))
     for j in jobs:
-        fast_module(j.module).train()
+        fast_module(j.module).train().to(device)
     params = trainable([j.module for j in jobs])
     optimizer = torch.optim.SGD(params, lr=rate, momentum=_MOMENTUM) if params else None
     box = TimeBox(math.inf, max(1, len(data.train) // size))
     for x, _ in epochs(data.train, size, augment, seed):
-        values = activations(tapped, taps, x)
+        values = activations(tapped, taps, x.to(device))
         if optimizer is not None:
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
@@ -88,4 +92,4 @@ def one_epoch(
         if not box.advance():
             break
     for j in jobs:
-        j.module.eval()
+        j.module.to(CPU).eval()

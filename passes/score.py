@@ -28,9 +28,11 @@ from hantc.passes.engine import (
     fast_module,
     first_output,
     judging_batches,
+    moved,
     output_kind,
     relative_mse,
 )
+from hantc.passes.place import CPU, copied_to, place_of
 from hantc.passes.plug import origin_for, teacher_part, trained
 from hantc.passes.state import Context, Proposal, State, WeightMap
 
@@ -166,13 +168,17 @@ class Score:
 
     def _score(self, state: State, ctx: Context, data: Dataset, entries: Sequence[_Entry]) -> list[ScoreRow]:
         assert state.network is not None
-        network = fast_module(state.network)
-        kind = output_kind(network, example_inputs(network.meta["info"], 2)[0], data.num_classes)
+        kind = output_kind(state.network, example_inputs(state.network.meta["info"], 2)[0], data.num_classes)
+        device = place_of(ctx.device, state.network)
+        network = copied_to(device, fast_module(state.network))
+        for e in entries:
+            e.module.to(device)
         n = min(ctx.effort.score_images, len(data.search))
         hits: list[Tensor] = []
         with ctx.reporter.bar(f"scoring {len(entries)} candidates", n) as bar, torch.no_grad():
             for x, y, blended in judging_batches(data.search, n, blend=True):
-                hits.append(self._batch(network, kind, entries, x, y, first=not hits, blended=blended))
+                x, y = moved(x, y, device)
+                hits.append(self._batch(network, kind, entries, x, y, first=not hits, blended=blended).to(CPU))
                 bar.advance(x.shape[0])
                 if len(hits) == _LOOK:
                     entries = self._worthwhile(entries, ctx)
@@ -227,10 +233,10 @@ class Score:
             e.mse.append(float(relative_mse(made, target)))
             end = e.region.output
             s = first_output(rests[end](made, *(tapped[n] for n in beside[end])))
-            e.losses.append(divergence(kind, s, t))
-            e.hits.append(s.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0))
+            e.losses.append(divergence(kind, s, t).to(CPU))
+            e.hits.append((s.argmax(1) == y).to(CPU) if y is not None and kind.classifier else torch.zeros(0))
             if not blended:
-                e.same.append(s.argmax(1) == t.argmax(1) if kind.classifier else torch.ones(s.shape[0]))
+                e.same.append((s.argmax(1) == t.argmax(1)).to(CPU) if kind.classifier else torch.ones(s.shape[0]))
         return t.argmax(1) == y if y is not None and kind.classifier else torch.zeros(0)
 
     @staticmethod

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from onnx import ModelProto
 from torch import Tensor, fx
 
@@ -19,6 +20,7 @@ from hantc.core.types import CandidateSpec, CostTable, MatchResult, Plan, ScoreR
 from hantc.data.dataset import Dataset
 from hantc.dialect.qdq import QuantSpec
 from hantc.dialect.rewrites.base import Applied, Missed
+from hantc.passes.place import CPU
 
 WeightMap = Mapping[str, Tensor]
 
@@ -109,6 +111,7 @@ class Context:
     threads: int
     out: Path
     data: Dataset | None = None
+    device: torch.device = CPU  # that candidates and students learn on
     mixed: bool = False  # whether candidates and students multiply in BF16 while they learn
     rivals: tuple[Backend, ...] = ()  # other engines that can be timed on this machine
     target: Mapping[str, object] = field(default_factory=dict)  # the target's definition, as its file has it

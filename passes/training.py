@@ -37,6 +37,7 @@ from hantc.passes.engine import (
     trainable,
     training_batches,
 )
+from hantc.passes.place import CPU, copied_to, place_of
 from hantc.passes.state import Context
 
 # steps from one of a derived candidate's to its next, where time is short: it starts near its end, others far from it
@@ -154,6 +155,10 @@ def train(
         seconds = max(_LEAST_SHARE * seconds, seconds - (time.monotonic() - entered))
         if checkpoint.due():
             save(jobs, checkpoint, _STARTED)
+    device = place_of(ctx.device, network)
+    tapped = copied_to(device, tapped)
+    for j in jobs:
+        j.module.to(device)
     box = TimeBox(seconds, steps, begun=begun)
     rungs = [r for r in RUNGS if r.at > box.begun]
     with ctx.reporter.bar(f"distilling {len(jobs)} candidates", 1.0) as bar:
@@ -161,7 +166,7 @@ def train(
         done, teacher_s, started = box.begun, 0.0, time.monotonic()
         for x, _ in training_batches(data, size, augment, ctx.config.seed):
             entered = time.monotonic()
-            values, hurried = activations(tapped, taps, x), box.hurried
+            values, hurried = activations(tapped, taps, x.to(device)), box.hurried
             teacher_s += time.monotonic() - entered
             set_rate(optimizer, box.rate())
             optimizer.zero_grad(set_to_none=True)
@@ -183,7 +188,7 @@ def train(
     if box.step < min(steps, _FEW_STEPS) and not box.begun:
         ctx.reporter.warn(f"candidates trained for {box.step} steps only: a longer --time-limit makes them better")
     for j in jobs:
-        j.module.eval()
+        j.module.to(CPU).eval()
         ctx.reporter.event("distilled", region=j.region.name, candidate=j.spec.name, mse=j.loss, images=j.seen)
 
 
@@ -279,10 +284,10 @@ def step(job: Job, values: Activations, *, whole: bool = False) -> None:
         return
     ends = _ends(job)
     (source, target), variance, usual = (values[e] for e in ends), values.variance(ends[1]), values.usual(*ends)
-    chosen = _chosen(job, source.shape[0], usual, whole=whole)
+    chosen = _chosen(job, source, usual, whole=whole)
     if chosen is not None:
         source, target, variance = source[chosen], target[chosen], variance[chosen]
-    with multiplied_in_bf16(job.mixed):
+    with multiplied_in_bf16(job.mixed, source.device):
         made = job.module(source)
     loss = relative_mse(made.float(), target, variance)
     if not torch.isfinite(loss):
@@ -299,14 +304,14 @@ def step(job: Job, values: Activations, *, whole: bool = False) -> None:
     job.seen += source.shape[0]
 
 
-def _chosen(job: Job, n: int, usual: Tensor | None, *, whole: bool) -> Tensor | None:
-    """Which images of a batch of `n` a candidate learns from in this step; None: all.
+def _chosen(job: Job, source: Tensor, usual: Tensor | None, *, whole: bool) -> Tensor | None:
+    """Which images of a batch, whose values are `source`, a candidate learns from in this step; None: all.
 
     Those that are not usual stay out: norms in training would take their statistics from them alone. And a
     convolution learns from positions: where an image has many, a part of the images is enough, in turn."""
     least = math.ceil(_STEP_POSITIONS / math.prod(job.region.in_shape[1:]))
-    wanted = n if whole else max(_LEAST_IMAGES, least)
-    images = torch.arange(n) if usual is None else usual.nonzero().flatten()
+    wanted = len(source) if whole else max(_LEAST_IMAGES, least)
+    images = torch.arange(len(source), device=source.device) if usual is None else usual.nonzero().flatten()
     if len(images) <= wanted:
         return None if usual is None else images
     return images.roll(-job.steps * wanted % len(images))[:wanted]

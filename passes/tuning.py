@@ -28,6 +28,7 @@ from hantc.passes.engine import (
     fast_module,
     first_output,
     mixed,
+    moved,
     multiplied_in_bf16,
     output_kind,
     relative_mse,
@@ -35,6 +36,7 @@ from hantc.passes.engine import (
     takes_bf16,
     training_batches,
 )
+from hantc.passes.place import CPU, copied_to, place_of
 from hantc.passes.state import Context, State
 
 RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # Adam's, tried in short trainings; students made of candidates from scratch
@@ -65,7 +67,7 @@ History = list[Mapping[str, float]]
 
 
 class Average:
-    """Exponential moving average of a module's float tensors."""
+    """Exponential moving average of a module's float tensors, on its device."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
@@ -81,7 +83,7 @@ class Average:
 
 
 class Tuner:
-    """One student's training. All of it changes `student` in place."""
+    """One student's training. All of it changes `student` in place, which is back on the CPU behind `train`."""
 
     def __init__(self, state: State, ctx: Context, data: Dataset, student: fx.GraphModule) -> None:
         assert state.network is not None and state.plan is not None and state.match is not None
@@ -93,17 +95,20 @@ class Tuner:
         self.held = [c.region for c in state.plan.choices if c.region in names]
         if opaque_leaves(network):
             ctx.note("opaque operations pass no gradient: fine-tuning works on the regions before them")
-        self.teacher = fast_module(with_taps(network, [state.match.region(r).output for r in self.held]))
-        fast_module(student)
-        self.view = rounded_view(student, blueprint, ctx.quant)
+        self.device = place_of(ctx.device, network)
+        taps = [state.match.region(r).output for r in self.held]
+        self.teacher = copied_to(self.device, fast_module(with_taps(network, taps)))
+        fast_module(student).to(self.device)
+        self.view = rounded_view(student, blueprint, ctx.quant).to(self.device)
         self.rounds = any(isinstance(m, ActivationQuant) for m in self.view.modules())
         self.tapped = with_taps(self.view, self.held)
         self.augment = augmentation(network, data, self.kind)
         self.mixed = ctx.mixed and takes_bf16(student)
         self.size = min(ctx.effort.batch_size, len(data.train))
         images = min(1000, 2 * ctx.effort.score_images)
-        self.judge = Judge(network, data.search, self.kind, limit=images, blend=True)
-        _observe(self.view, data)
+        plain = copied_to(self.device, network)
+        self.judge = Judge(plain, data.search, self.kind, limit=images, blend=True, device=self.device)
+        self._observe()
 
     def choose_rate(self, seconds: float, steps: int) -> float:
         """The step size to train with, found by short trainings: from the middle of `RATES` downwards, or upwards,
@@ -151,7 +156,7 @@ class Tuner:
             return found if math.isfinite(found) else math.inf
         finally:
             self.student.load_state_dict(start)
-            _observe(self.view, self.data)  # ranges live in the view, and may have become non-finite too
+            self._observe()  # ranges live in the view, and may have become non-finite too
 
     def train(self, seconds: float, steps: int, checkpoint: Checkpoint) -> History:
         """Train from where `checkpoint` is, keep the best state; one record per evaluation."""
@@ -182,7 +187,7 @@ class Tuner:
                 if not more or box.progress - checked > max(_CHECK_SHARE * spent / box.seconds, 1 / _CHECKS):
                     best, spent = self._check(best, average, history, box)
                     checked = box.progress
-                    _observe(self.view, self.data)
+                    self._observe()
                 if not more:
                     break
                 if checkpoint.due():
@@ -190,7 +195,7 @@ class Tuner:
                     facts = {"history": history, "count": average.count, "best": best[0], "rate": rate}
                     checkpoint.save(prefixed(states), box.progress, facts)
         self.student.load_state_dict(best[1])
-        self.student.eval()
+        self.student.eval().to(CPU)
         return history
 
     def _step(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor | None, box: TimeBox) -> bool:
@@ -198,6 +203,7 @@ class Tuner:
         _rounding(self.view, box.progress >= _ROUND_FROM)
         set_rate(optimizer, box.rate())
         optimizer.zero_grad(set_to_none=True)
+        x, y = moved(x, y, self.device)
         # where INT8 is rounded to, BF16 would round as much again
         half = self.mixed and not (self.rounds and box.progress >= _ROUND_FROM)
         loss = _loss(self.teacher, self.tapped, self.kind, x, y, box.progress, mixed=half)
@@ -221,16 +227,30 @@ class Tuner:
         if saved is None:
             return math.inf, copy.deepcopy(self.student.state_dict())
         self.student.load_state_dict(part_of(saved.tensors, "own"))
-        average.shadow, average.count = part_of(saved.tensors, "average"), int(saved.extra["count"])
+        shadow = part_of(saved.tensors, "average")
+        average.shadow, average.count = {k: v.to(self.device) for k, v in shadow.items()}, int(saved.extra["count"])
         history += saved.extra["history"]
         return float(saved.extra["best"]), part_of(saved.tensors, "best")
 
     def _evaluate(self, average: Average) -> dict[str, float]:
         """The averaged weights on the search split, rounded as they will run; leaves them in the student."""
         self.student.load_state_dict(average.shadow)
-        _observe(self.view, self.data)
+        self._observe()
         _rounding(self.view, True)
         return self.judge(self.view)
+
+    def _observe(self) -> None:
+        """Take the activation ranges anew: they move while weights do."""
+        quants = [m for m in self.view.modules() if isinstance(m, ActivationQuant)]
+        if not quants:
+            return
+        for q in quants:
+            q.low.zero_()
+            q.high.zero_()
+        n = min(len(self.data.train), 128)
+        x, _ = self.data.train.batch(list(range(n)))
+        with observing(self.view, n), torch.no_grad():
+            self.view(fast_layout(x).to(self.device))
 
     def _check(self, best: Best, average: Average, history: History, box: TimeBox) -> tuple[Best, float]:
         """Evaluate, and keep the state if its `goal` is the least so far. Also how many seconds it took."""
@@ -281,7 +301,7 @@ def _loss(
     activations: errors of many replacements add up, and each region can learn to undo those before it."""
     with torch.no_grad():
         t_out, t_values = teacher(x)
-    with multiplied_in_bf16(mixed):
+    with multiplied_in_bf16(mixed, x.device):
         s_out, s_values = tapped(x)
     s, t = first_output(s_out).float(), first_output(t_out)
     loss = divergence(kind, s, t).mean()
@@ -292,19 +312,6 @@ def _loss(
         errors = [relative_mse(a.float(), b) for a, b in zip(s_values, t_values, strict=True)]
         loss = loss + weight * torch.stack(errors).mean()
     return loss
-
-
-def _observe(view: fx.GraphModule, data: Dataset | None) -> None:
-    """Take the activation ranges anew: they move while weights do."""
-    quants = [m for m in view.modules() if isinstance(m, ActivationQuant)]
-    if not quants or data is None:
-        return
-    for q in quants:
-        q.low.zero_()
-        q.high.zero_()
-    n = min(len(data.train), 128)
-    with observing(view, n), torch.no_grad():
-        view(fast_layout(data.train.batch(list(range(n)))[0]))
 
 
 def _rounding(view: fx.GraphModule, on: bool) -> None:

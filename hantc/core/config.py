@@ -139,6 +139,7 @@ class CompileConfig(BaseModel):
     recipe: Literal["hantc", "paper"] = "hantc"  # of training candidates
     pool: Literal["sample", "whole"] = "sample"  # of a region's scratch candidates: which are measured and trained
     memory: int | None = Field(default=None, ge=1 << 28)  # bytes that training may fill; None: half of the machine's
+    train_device: Literal["auto", "cpu", "cuda"] = "auto"
     train_precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: of products, where candidates and students learn
     precision: Literal["auto", "fp32", "int8", "fp16", "bf16"] = "auto"
     threads: int | None = Field(default=None, ge=1)

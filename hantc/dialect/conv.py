@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hantc.core.errors import UnsupportedError
-from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode, array, tensor
+from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode, array, in_mixed_precision, tensor
 
 
 def explicit_pads(node: OnnxNode, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[int]:
@@ -136,8 +136,8 @@ class Conv(Leaf):
         op = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n]
         # oneDNN's depthwise gradients take up to twice as long in BF16 as in FP32 (torch 2.13, AVX512-BF16)
         depthwise = 1 < self.groups == self.in_channels
-        if depthwise and torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32:
-            with torch.autocast("cpu", enabled=False):
+        if depthwise and in_mixed_precision() and weight.dtype == torch.float32:
+            with torch.autocast(x.device.type, enabled=False):
                 plain: Tensor = op(x.float(), weight, self.bias, stride, padding, self.dilation, self.groups)
             return plain
         out: Tensor = op(x, weight, self.bias, stride, padding, self.dilation, self.groups)

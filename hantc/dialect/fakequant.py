@@ -76,7 +76,7 @@ def _range(x: Tensor, images: int) -> tuple[float, float]:
     per_image = (flat.amin(1), flat.amax(1), flat.var(1, correction=0))
     if not all(bool(torch.isfinite(v).all()) for v in per_image):
         return float(x.amin()), float(x.amax())
-    low, high, variance = (v.double().numpy() for v in per_image)
+    low, high, variance = (v.double().cpu().numpy() for v in per_image)
     return robust_range(low, high, variance)
 
 

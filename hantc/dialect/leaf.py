@@ -98,6 +98,12 @@ class Leaf(nn.Module):
         raise NotImplementedError
 
 
+def in_mixed_precision() -> bool:
+    """Whether torch rounds what products multiply (autocast), on whichever device. To be asked before anything about
+    values: leaves are traced too."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
 def attributes(node: NodeProto) -> dict[str, Any]:
     """The attributes of an ONNX node as Python values; bytes become text."""
     decoded: dict[str, Any] = {}

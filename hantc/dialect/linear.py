@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hantc.core.errors import UnsupportedError
-from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode, array, tensor
+from hantc.dialect.leaf import EmitContext, Leaf, OnnxNode, array, in_mixed_precision, tensor
 
 
 def _scaled(value: Tensor, factor: float) -> Tensor:
@@ -41,8 +41,8 @@ class Linear(Leaf):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """`forward` with another weight of the same shape. Of whole images (two dims: a classifier, a gate) it stays in
         FP32 in mixed precision: that is cheap, and BF16 would round logits as far as they are from a teacher's."""
-        if torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32 and x.dim() == 2:
-            with torch.autocast("cpu", enabled=False):
+        if in_mixed_precision() and weight.dtype == torch.float32 and x.dim() == 2:
+            with torch.autocast(x.device.type, enabled=False):
                 return F.linear(x.float(), weight, self.bias)
         return F.linear(x, weight, self.bias)
 

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hantc.backends.learning import learning_device, multiplies_bf16
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import targets
 from hantc.core.atomic import write_text
@@ -39,8 +40,14 @@ def doctor_data() -> dict[str, Any]:
         "vnni": bool(flags & {"avx512_vnni", "avx_vnni"}),
         "amx": any(f.startswith("amx") for f in flags),
         "backends": backends,
+        "training": _training(),
         "versions": versions,
     }
+
+
+def _training() -> dict[str, Any]:
+    place, notes = learning_device("auto")
+    return {"device": "CPU" if place.type == "cpu" else "GPU", "bf16": multiplies_bf16(place), "notes": notes}
 
 
 def doctor_table(data: dict[str, Any]) -> RenderableType:
@@ -51,6 +58,9 @@ def doctor_table(data: dict[str, Any]) -> RenderableType:
     machine.add_row("instruction sets", " ".join(data["flags"]) or "none of interest")
     machine.add_row("VNNI (fast INT8)", "yes" if data["vnni"] else "no: INT8 gains less, weights keep to 7 bits")
     machine.add_row("AMX", "yes" if data["amx"] else "no")
+    trains = data["training"]
+    how = f"on the {trains['device']}, products in {'BF16' if trains['bf16'] else 'FP32'}"
+    machine.add_row("training", Text("; ".join((how, *trains["notes"]))))
     backends = Table("backend", "usable", "precisions", "figures", "remarks", title="backends")
     for name, c in data["backends"].items():
         remarks = "; ".join((c["reason"], *c["notes"]))

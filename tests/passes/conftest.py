@@ -42,6 +42,7 @@ from hantc.passes.engine import first_output
 from hantc.passes.load import Load
 from hantc.passes.match import Match
 from hantc.passes.normalize import Normalize
+from hantc.passes.place import CPU
 from hantc.passes.rewrite import Rewrite
 from hantc.passes.score import Score
 from hantc.passes.state import Clock, Context, Proposal, State
@@ -236,6 +237,7 @@ class Lab:
         store: Store | None = None,
         effort: Mapping[str, Any] | None = None,
         mixed: bool = False,
+        device: torch.device = CPU,
         **config: Any,
     ) -> Context:
         """A context with little effort, one thread and, unless said otherwise, no data and the counting backend."""
@@ -257,6 +259,7 @@ class Lab:
             out=out,
             data=data,
             mixed=mixed,
+            device=device,
         )
 
     def begin(self) -> State:

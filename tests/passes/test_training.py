@@ -139,7 +139,7 @@ def test_where_maps_are_large_a_part_of_the_images_in_turn_is_enough(lab: Lab, m
         found = []
         for i in range(3):
             job.steps = i
-            chosen = training._chosen(job, n, usual, whole=whole)
+            chosen = training._chosen(job, torch.zeros(n, 1), usual, whole=whole)
             found.append(None if chosen is None else chosen.tolist())
         return found
 

@@ -1,6 +1,6 @@
 """Predicted against measured: what the latency table says of whole students, and what the clock says.
 
-    python tools/bench/prediction.py MODEL.onnx ... [--selections 20] [--probes 6] [--json FILE] [--plot FILE.png]
+    python tools/bench/prediction.py MODEL.onnx ... [--selections 20] [--probes 6] [--threads N] [--plot FILE.png]
 
 Each model's table is measured as a compilation without images would (random weights do: latency hardly depends on
 them). Then random selections, half of them in FP32, half of mixed precision, are built as real students and timed
@@ -113,6 +113,7 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
     with tempfile.TemporaryDirectory() as folder:
         store = args.store or Path(folder) / "store"
         options = {"target": args.target, "effort": args.effort, "out": Path(folder) / "out", "store": store}
+        options |= {"threads": args.threads} if args.threads else {}
         state, ctx = prepare(make_config(model, **options, backend=args.backend), reporter, measure_only=True)
         state, timings = run_passes(PROFILE, state, ctx)
         reporter.event("table", seconds=timings["cost"])
@@ -181,6 +182,7 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--target", default="xeon")
     p.add_argument("--backend")
     p.add_argument("--effort", default="quick")
+    p.add_argument("--threads", type=int, help="default: the machine's cores")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--store", type=Path, help="keep the measurements there")
     p.add_argument("--json", type=Path)
