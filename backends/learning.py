@@ -25,8 +25,14 @@ def learning_device(asked: str) -> tuple[torch.device, list[str]]:
             return _CPU, []
         why = "torch sees no GPU" if torch.version.cuda else f"this torch ({torch.__version__}) is built for CPUs alone"
         raise UsageError(f"there is none to use: {why}", where=_OPTION, hint="--train-device cpu")
-    device = torch.device("cuda", torch.cuda.current_device())
-    name, wrong = torch.cuda.get_device_name(device), _wrong(device)
+    name = "the GPU"
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        name = torch.cuda.get_device_name(device)
+        wrong = _wrong(device)
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        # out of memory, in use by others, a driver that does not fit
+        wrong = str(error).strip().splitlines()[0]
     if not wrong:
         return device, [f"candidates and students learnt on {name}"]
     if asked == "auto":
@@ -41,11 +47,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 def _wrong(device: torch.device) -> str:
     """What is wrong with a GPU, or "": a convolution's value and gradients must be those of the CPU."""
-    try:
-        here, there = _tried(_CPU), _tried(device)
-    except RuntimeError as error:  # out of memory, in use by others, a driver that does not fit
-        return str(error).strip().splitlines()[0]
-    for a, b in zip(here, there, strict=True):
+    for a, b in zip(_tried(_CPU), _tried(device), strict=True):
         if not bool(((a - b).abs().max() <= _CLOSE * a.abs().max()).item()):
             return "it computes a small convolution and its gradients otherwise than the CPU does"
     return ""

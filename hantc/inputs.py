@@ -127,7 +127,7 @@ def prepare(
             "needs --data: exact rewrites alone do not take less memory", where="--budget-memory", hint="give images"
         )
     precisions = _precisions(config, target, capabilities, exact=data is None)
-    device, mixed, learning = _learning(config, trains=data is not None and not measure_only)
+    device, (mixed, mixed_on_cpu), learning = _learning(config, trains=data is not None and not measure_only)
     store = Store(config.store)
     _begin(config, reporter)
     given, model, more = _in_floats(model, data is not None, reporter)
@@ -147,6 +147,7 @@ def prepare(
         data=data,
         device=device,
         mixed=mixed,
+        mixed_on_cpu=mixed_on_cpu,
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )
@@ -155,15 +156,16 @@ def prepare(
     return State(model=model, model_hash=_hash(model), given=given, given_hash=_hash(given) if given else ""), ctx
 
 
-def _learning(config: CompileConfig, *, trains: bool) -> tuple[torch.device, bool, list[str]]:
-    """(where candidates and students learn, whether their products are in BF16, notes)."""
+def _learning(config: CompileConfig, *, trains: bool) -> tuple[torch.device, tuple[bool, bool], list[str]]:
+    """(where candidates and students learn, whether their products are in BF16 there and on the CPU, notes)."""
     device, notes = learning_device(config.train_device if trains else "cpu")
     fast = multiplies_bf16(device)
     if config.train_precision == "bf16" and not fast:
         slow = "this CPU has no AVX512-BF16, or AMX beside it, where it was not tried"
         why = slow if device == CPU else "this GPU does not multiply BF16 numbers by itself"
         notes = [*notes, f"--train-precision bf16: {why}"]
-    return device, config.train_precision == "bf16" or (config.train_precision == "auto" and fast), notes
+    wanted = {"bf16": (True, True), "fp32": (False, False), "auto": (fast, multiplies_bf16(CPU))}
+    return device, wanted[config.train_precision], notes
 
 
 def _engine(config: CompileConfig, target: Target) -> tuple[Backend, Capabilities]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from hantc.core.atomic import write_text
@@ -68,6 +69,9 @@ def run_passes(passes: Passes, state: State, ctx: Context) -> tuple[State, Mappi
         except HantcError as error:
             error.where = error.where or step.name
             raise
+        except torch.OutOfMemoryError as error:
+            hint = "--train-device cpu; what was finished is not done again"
+            raise HantcError("the GPU's memory is full", where=step.name, hint=hint) from error
         timings[step.name] = time.monotonic() - started
         ctx.reporter.event("end", stage=step.name, seconds=timings[step.name])
         _demand(state, step.ensures, f"{step.name} promised")

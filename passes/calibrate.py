@@ -121,7 +121,7 @@ def _candidates(found: dict[Way, float]) -> Iterator[Way]:
     yield from (WAYS[0], replace(WAYS[0], correct_biases=True))
     yield from RANGES[1:]
     best = replace(choose({way: d for way, d in found.items() if not way.correct_biases}), correct_biases=True)
-    if best not in found:
+    if best.ranges != WAYS[0].ranges:  # those were tried, whatever came of it
         yield best
 
 

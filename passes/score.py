@@ -32,7 +32,7 @@ from hantc.passes.engine import (
     output_kind,
     relative_mse,
 )
-from hantc.passes.place import CPU, copied_to, place_of
+from hantc.passes.place import CPU, copied_to
 from hantc.passes.plug import origin_for, teacher_part, trained
 from hantc.passes.state import Context, Proposal, State, WeightMap
 
@@ -169,7 +169,7 @@ class Score:
     def _score(self, state: State, ctx: Context, data: Dataset, entries: Sequence[_Entry]) -> list[ScoreRow]:
         assert state.network is not None
         kind = output_kind(state.network, example_inputs(state.network.meta["info"], 2)[0], data.num_classes)
-        device = place_of(ctx.device, state.network)
+        device = ctx.place(state.network)
         network = copied_to(device, fast_module(state.network))
         for e in entries:
             e.module.to(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from onnx import ModelProto
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hantc.core.backend_api import Backend, Capabilities, Deployed
 from hantc.core.config import CompileConfig, EffortSettings
@@ -20,7 +20,7 @@ from hantc.core.types import CandidateSpec, CostTable, MatchResult, Plan, ScoreR
 from hantc.data.dataset import Dataset
 from hantc.dialect.qdq import QuantSpec
 from hantc.dialect.rewrites.base import Applied, Missed
-from hantc.passes.place import CPU
+from hantc.passes.place import CPU, place_of
 
 WeightMap = Mapping[str, Tensor]
 
@@ -113,6 +113,7 @@ class Context:
     data: Dataset | None = None
     device: torch.device = CPU  # that candidates and students learn on
     mixed: bool = False  # whether candidates and students multiply in BF16 while they learn
+    mixed_on_cpu: bool = False  # the same for networks that learn on the CPU though there is a GPU
     rivals: tuple[Backend, ...] = ()  # other engines that can be timed on this machine
     target: Mapping[str, object] = field(default_factory=dict)  # the target's definition, as its file has it
     notes: list[str] = field(default_factory=list)
@@ -131,6 +132,17 @@ class Context:
     def quant(self) -> QuantSpec:
         """How INT8 is written for the target."""
         return QuantSpec(reduce_range=self.capabilities.reduce_range, symmetric=self.capabilities.symmetric)
+
+    def place(self, network: nn.Module) -> torch.device:
+        """Where a network's candidates and students learn."""
+        found = place_of(self.device, network)
+        if found != self.device:
+            self.note("the network has operators that only the CPU computes here: candidates and students learnt on it")
+        return found
+
+    def mixes(self, device: torch.device) -> bool:
+        """Whether products are in BF16 in what learns there."""
+        return self.mixed if device == self.device else self.mixed_on_cpu
 
     def recipe(self, own: Mapping[str, object]) -> dict[str, object]:
         """What a training does, for its key in the store: its own recipe, and what products are computed in."""

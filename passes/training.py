@@ -37,7 +37,7 @@ from hantc.passes.engine import (
     trainable,
     training_batches,
 )
-from hantc.passes.place import CPU, copied_to, place_of
+from hantc.passes.place import CPU, copied_to
 from hantc.passes.state import Context
 
 # steps from one of a derived candidate's to its next, where time is short: it starts near its end, others far from it
@@ -146,16 +146,16 @@ def train(
     groups = [(rate, trainable([j.module for j in jobs if j.rate == rate])) for rate in rates]
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups if params])
     begun = resume(jobs, checkpoint)
+    device = ctx.place(network)
     for j in jobs:  # what is exact stays so: its norms keep their statistics
         fast_module(j.module).train(not is_exact(j.spec))
-        j.mixed = ctx.mixed and takes_bf16(j.module)
+        j.mixed = ctx.mixes(device) and takes_bf16(j.module)
     if not begun:
         entered = time.monotonic()
         initialise(jobs, tapped, taps, data, augment, ctx, size)
         seconds = max(_LEAST_SHARE * seconds, seconds - (time.monotonic() - entered))
         if checkpoint.due():
             save(jobs, checkpoint, _STARTED)
-    device = place_of(ctx.device, network)
     tapped = copied_to(device, tapped)
     for j in jobs:
         j.module.to(device)

@@ -36,7 +36,7 @@ from hantc.passes.engine import (
     takes_bf16,
     training_batches,
 )
-from hantc.passes.place import CPU, copied_to, place_of
+from hantc.passes.place import CPU, copied_to
 from hantc.passes.state import Context, State
 
 RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # Adam's, tried in short trainings; students made of candidates from scratch
@@ -95,7 +95,7 @@ class Tuner:
         self.held = [c.region for c in state.plan.choices if c.region in names]
         if opaque_leaves(network):
             ctx.note("opaque operations pass no gradient: fine-tuning works on the regions before them")
-        self.device = place_of(ctx.device, network)
+        self.device = ctx.place(network)
         taps = [state.match.region(r).output for r in self.held]
         self.teacher = copied_to(self.device, fast_module(with_taps(network, taps)))
         fast_module(student).to(self.device)
@@ -103,7 +103,7 @@ class Tuner:
         self.rounds = any(isinstance(m, ActivationQuant) for m in self.view.modules())
         self.tapped = with_taps(self.view, self.held)
         self.augment = augmentation(network, data, self.kind)
-        self.mixed = ctx.mixed and takes_bf16(student)
+        self.mixed = ctx.mixes(self.device) and takes_bf16(student)
         self.size = min(ctx.effort.batch_size, len(data.train))
         images = min(1000, 2 * ctx.effort.score_images)
         plain = copied_to(self.device, network)

@@ -71,3 +71,15 @@ def test_a_gpu_in_a_bad_state_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(learning, "_tried", fails)
     assert learning_device("auto") == (CPU, ["NVIDIA Test was not used: CUDA error: out of memory"])
+
+
+def test_a_gpu_that_does_not_begin_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_one(monkeypatch)
+
+    def fails() -> int:
+        raise torch.cuda.DeferredCudaCallError("CUDA call failed lazily")
+
+    monkeypatch.setattr(torch.cuda, "current_device", fails)
+    assert learning_device("auto") == (CPU, ["the GPU was not used: CUDA call failed lazily"])
+    with pytest.raises(UsageError, match="the GPU cannot be used"):
+        learning_device("cuda")

@@ -61,7 +61,7 @@ def test_groups_of_a_deep_network_are_small_enough() -> None:
     model = n.model(("y", ["N", 3]))
     int8, fixed = (quantize(model, None, feeds(), SPEC) for _ in range(2))
     correct_biases(model, fixed, feeds())
-    assert mean_error(model, fixed) < 0.5 * mean_error(model, int8)
+    assert mean_error(model, fixed) < 0.8 * mean_error(model, int8)
 
 
 def test_only_biases_change() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+import torch
 from torch import fx
 
 from hantc.core.errors import DataError, HantcError
@@ -196,3 +197,15 @@ def test_the_list_of_passes_fits_together(passes: Passes) -> None:
         doc = (type(step).__doc__ or "").splitlines()[0]
         assert " -> " in doc, step.name
     assert len(set(names)) == len(names)
+
+
+def test_a_full_gpu_is_told(lab: Lab) -> None:
+    class Full(Noop):
+        name: ClassVar[str] = "full"
+
+        def call(self, state: State, ctx: Context) -> State:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(HantcError, match="memory is full") as error:
+        run_passes((Full(),), lab.scored, lab.fresh())
+    assert error.value.where == "full" and "--train-device cpu" in (error.value.hint or "")

@@ -98,6 +98,20 @@ def test_what_computes_on_the_cpu_alone_stays_there(lab: Lab) -> None:
     assert place_of(GPU, odd) == CPU
 
 
+def test_precision_follows_what_learns_where(lab: Lab) -> None:
+    network = lab.matched.network
+    assert network is not None
+    odd = copy.deepcopy(network)
+    function = function_of("", "Elu")
+    assert function is not None
+    odd.add_submodule("odd", Verbatim(helper.make_node("Elu", ["x"], ["y"]), ("x",), {}, {"": 17}, function))
+    ctx = lab.fresh(device=GPU, mixed=True)
+    assert ctx.place(network) == GPU and ctx.mixes(GPU) and not ctx.notes
+    assert ctx.place(odd) == CPU and not ctx.mixes(CPU), "the CPU may have no BF16"
+    assert any("only the CPU computes" in note for note in ctx.notes)
+    assert lab.fresh(mixed=True).mixes(CPU)
+
+
 def trained(lab: Lab, device: torch.device) -> list[Job]:
     assert lab.matched.network is not None and lab.matched.match is not None
     region = lab.matched.match.region("r03")
