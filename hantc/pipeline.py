@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from hantc.core.atomic import write_text
-from hantc.core.errors import HantcError
+from hantc.core.errors import HantcError, UsageError
 from hantc.core.pass_api import Pass
 from hantc.passes.cost import Cost
 from hantc.passes.deploy import Deploy
@@ -71,7 +71,7 @@ def run_passes(passes: Passes, state: State, ctx: Context) -> tuple[State, Mappi
             raise
         except torch.OutOfMemoryError as error:
             hint = "--train-device cpu; what was finished is not done again"
-            raise HantcError("the GPU's memory is full", where=step.name, hint=hint) from error
+            raise UsageError(f"the GPU's memory is full ({step.name})", where="--train-device", hint=hint) from error
         timings[step.name] = time.monotonic() - started
         ctx.reporter.event("end", stage=step.name, seconds=timings[step.name])
         _demand(state, step.ensures, f"{step.name} promised")

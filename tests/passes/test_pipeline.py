@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from hantc.core.errors import DataError, HantcError
+from hantc.core.errors import DataError, HantcError, UsageError
 from hantc.core.types import Plan
 from hantc.passes.load import Load
 from hantc.passes.match import Match
@@ -206,6 +206,6 @@ def test_a_full_gpu_is_told(lab: Lab) -> None:
         def call(self, state: State, ctx: Context) -> State:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(HantcError, match="memory is full") as error:
+    with pytest.raises(UsageError, match=r"memory is full \(full\)") as error:
         run_passes((Full(),), lab.scored, lab.fresh())
-    assert error.value.where == "full" and "--train-device cpu" in (error.value.hint or "")
+    assert error.value.where == "--train-device" and "--train-device cpu" in (error.value.hint or "")
