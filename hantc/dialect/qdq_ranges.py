@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from hantc.core.backend_api import Feeds
 from hantc.core.errors import HantcError
+from hantc.dialect.front_to_back import start
 from hantc.dialect.qdq_graph import opset_of
 from hantc.dialect.qdq_ort import Ranges, check_range
 from hantc.dialect.ranges import robust_range
@@ -29,7 +30,7 @@ def image_ranges(model: onnx.ModelProto, selected: Collection[str], feeds: Seque
     watched, made = _watched(model, names)
     found: dict[str, list[Any]] = {m: [] for m in made}
     try:
-        session = _session(watched)
+        session = start(watched)
         for feed in feeds:
             size = max((a.shape[0] for a in feed.values() if a.ndim), default=1)
             values = dict(zip(made, session.run(made, dict(feed)), strict=True))
@@ -88,11 +89,3 @@ def _watched(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelPr
             graph.output.append(helper.make_tensor_value_info(out, TensorProto.FLOAT, None))
             made.append(out)
     return copy, made
-
-
-def _session(model: onnx.ModelProto) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

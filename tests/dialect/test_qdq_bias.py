@@ -10,6 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from hantc.core.errors import HantcError
+from hantc.dialect import qdq_bias
 from hantc.dialect.qdq import QuantSpec, quantize
 from hantc.dialect.qdq_bias import correct_biases
 from tests.dialect.test_qdq import SPEC, SYMMETRIC, Array, Net, cnn, feeds, relative_error, run
@@ -51,7 +52,7 @@ def test_means_become_those_of_the_floats(opset: int, spec: QuantSpec) -> None:
     assert relative_error(outputs(fixed), outputs(model)) < 0.9 * relative_error(outputs(int8), outputs(model))
 
 
-def test_groups_of_a_deep_network_are_small_enough() -> None:
+def test_a_deep_network_is_corrected_throughout() -> None:
     n = Net()
     x = "x"
     for k in range(45):
@@ -62,6 +63,16 @@ def test_groups_of_a_deep_network_are_small_enough() -> None:
     int8, fixed = (quantize(model, None, feeds(), SPEC) for _ in range(2))
     correct_biases(model, fixed, feeds())
     assert mean_error(model, fixed) < 0.8 * mean_error(model, int8)
+
+
+def test_few_feeds_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, many = cnn(), feeds()
+    few, first = (quantize(model, None, many, SPEC) for _ in range(2))
+    monkeypatch.setattr(qdq_bias, "_MOST_BYTES", 2 * many[0]["x"].nbytes)
+    correct_biases(model, few, many)
+    monkeypatch.undo()
+    correct_biases(model, first, many[:2])
+    assert len(many) > 2 and few == first
 
 
 def test_only_biases_change() -> None:

@@ -16,6 +16,7 @@ from hantc.core.backend_api import BuildSpec
 from hantc.core.types import CandidateSpec, Choice
 from hantc.dialect.fakequant import ActivationQuant, observing
 from hantc.dialect.qdq import QuantSpec
+from hantc.passes import assemble
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, rounded_view, to_onnx
 from hantc.passes.state import Context, State
 
@@ -204,6 +205,16 @@ def test_calibration_feeds_are_training_images_in_batches(lab: Lab) -> None:
     assert len(set(rows)) == 32
     again = feeds_of(lab, lab.matched, lab.fresh(), 40, 16)
     assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(feeds, again, strict=True))
+
+
+def test_large_images_come_in_smaller_batches(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = feeds_of(lab, lab.matched, lab.fresh(), 48, 16)
+    monkeypatch.setattr(assemble, "_FEED_BYTES", 6 * 3 * 12 * 12 * 4 + 1)
+    few = feeds_of(lab, lab.matched, lab.fresh(), 48, 16)
+    assert [f["x"].shape for f in few] == [(6, 3, 12, 12)] * 8
+    assert np.array_equal(np.concatenate([f["x"] for f in few]), np.concatenate([f["x"] for f in many]))
+    monkeypatch.setattr(assemble, "_FEED_BYTES", 1)
+    assert [f["x"].shape[0] for f in feeds_of(lab, lab.matched, lab.fresh(), 3, 16)] == [1, 1, 1]
 
 
 def test_calibration_feeds_keep_to_a_fixed_batch(lab: Lab) -> None:
