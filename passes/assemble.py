@@ -82,12 +82,13 @@ def rounded_view(student: fx.GraphModule, blueprint: Blueprint, quant: QuantSpec
 
 
 def calibration_feeds(student: fx.GraphModule, data: Dataset, images: int, batch: int) -> list[Feeds]:
-    """Feeds from the train split: `images` of them, in batches of `batch`, fewer where images are large (or in the
-    model's fixed batch)."""
+    """Feeds from the train split: `images` of them, in equal batches of at most `batch`, fewer where images are large
+    (or in the model's fixed batch)."""
     spec = student.meta["info"].inputs[0]
     fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else None
     n = min(images, len(data.train))
-    size = fixed or min(batch, n, max(1, _FEED_BYTES // data.train.batch([0])[0].nbytes))
+    most = max(1, min(batch, _FEED_BYTES // max(1, data.train.batch([0])[0].nbytes)))
+    size = fixed or max(k for k in range(1, most + 1) if n % k == 0)  # ONNX Runtime's calibrators want equal ones
     # a model of a large fixed batch is fed images again rather than none
     order = np.resize(np.random.default_rng(0).permutation(len(data.train)), max(n, size)).tolist()
     feeds: list[Feeds] = []

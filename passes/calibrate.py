@@ -29,7 +29,7 @@ from hantc.passes.engine import Judge, output_kind
 from hantc.passes.state import Context, State
 
 _CLEARLY = 0.97  # of the robust ranges' divergence
-_VERSION = 2
+_VERSION = 3
 _SHARE = 0.03  # of the run's time limit
 
 

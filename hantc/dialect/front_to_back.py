@@ -1,4 +1,4 @@
-"""A model run over data front to back, towards one node after another. Imports onnxruntime on first use.
+"""A model run over data front to back, towards one node after another.
 
 Each step starts from the tensors that the step before left: the whole walk computes every node about twice, however
 many steps there are. What a node adds may be changed after its step, and the steps behind it see that.
@@ -20,10 +20,13 @@ from hantc.dialect.qdq_graph import opset_of
 Array = np.ndarray[Any, Any]
 
 _MEAN = "hantc_mean_"
+_PLAIN = frozenset(f"tensor({t})" for t in ("float", "float16", "double", "bool", "string")) | frozenset(
+    f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)
+)
 
 
 class FrontToBack:
-    """The channel means of some nodes' outputs.
+    """Each image's channel means of some nodes' outputs.
 
     `nodes`: their names, in the order in which they will be asked for, that of the graph. Memory: those tensors of all
     feeds that the nodes not yet asked for still need.
@@ -36,30 +39,45 @@ class FrontToBack:
         index = {n.name: k for k, n in enumerate(self._nodes)}
         self._ahead = [index[n] for n in nodes]
         self._values: list[dict[str, Array]] = [dict(f) for f in feeds]
-        self._sizes = [max((a.shape[0] for a in f.values() if a.ndim), default=1) for f in feeds]
-        self._varying = {name for f in feeds for name in f}
+        varying = {name for f in feeds for name in f}
         for node, reads in zip(self._nodes, self._reads, strict=True):
-            if not self._varying.isdisjoint(reads):
-                self._varying.update(node.output)
+            if not varying.isdisjoint(reads):
+                varying.update(node.output)
+        # integers are held instead of the floats that they stand for
+        self._holdable = varying - {o for n in self._nodes if n.op_type == "DequantizeLinear" for o in n.output}
 
     def next_means(self, rank: int) -> Array:
-        """Mean over all images and positions of the next node's first output, (C,) in float64; `rank` is the output's,
-        channels are in dimension 1. Whatever onnxruntime raises if that part of the model does not run.
+        """Means over positions of the next node's first output, (rows, C): rows are images, of all feeds, or parts of
+        them where a node has such in its first dimension. `rank` is the output's, channels are in dimension 1.
+        Whatever onnxruntime raises if that part of the model does not run.
         """
-        target, known = self._ahead.pop(0), set(self._values[0])
-        part = sorted(self._needed([target], known))
-        made = {o for k in part if k != target for o in self._nodes[k].output} & self._varying
-        kept = {r for k in self._needed(self._ahead, known | made) for r in self._reads[k]} & (known | made)
-        outputs = [*sorted(kept & made), f"{_MEAN}0"]
-        mean = mean_nodes(self._nodes[target].output[0], rank, opset_of(self._model), outputs[-1])
-        session = start(self._submodel([*(self._nodes[k] for k in part), *mean], outputs))
+        target, mean = self._ahead.pop(0), f"{_MEAN}0"
+        kept, session = self._session(target, mean, rank)
+        outputs = [o.name for o in session.get_outputs()]
         taken = [i.name for i in session.get_inputs()]
-        total = np.zeros(())
+        means = []
         for k, values in enumerate(self._values):
             found = dict(zip(outputs, session.run(outputs, {n: values[n] for n in taken}), strict=True))
-            total = total + self._sizes[k] * found.pop(outputs[-1]).astype(np.float64)
+            means.append(found.pop(mean))
             self._values[k] = {n: a for n, a in values.items() if n in kept} | found
-        return np.asarray(total / sum(self._sizes))
+        return np.concatenate(means)
+
+    def _session(self, target: int, mean: str, rank: int) -> tuple[set[str], Any]:
+        """What is to be held once `target` has been reached, and a session that makes `mean` and what of that is new.
+
+        numpy has no arrays for some types (8-bit floats, sequences): what such a tensor is made of is held instead.
+        """
+        known = set(self._values[0])
+        part = sorted(self._needed([target], known))
+        added = mean_nodes(self._nodes[target].output[0], rank, opset_of(self._model), mean)
+        while True:
+            made = {o for k in part if k != target for o in self._nodes[k].output} & self._holdable
+            kept = {r for k in self._needed(self._ahead, known | made) for r in self._reads[k]} & (known | made)
+            session = start(self._submodel([*(self._nodes[k] for k in part), *added], [*sorted(kept & made), mean]))
+            strange = {o.name for o in session.get_outputs() if o.type not in _PLAIN}
+            if not strange:
+                return kept, session
+            self._holdable -= strange
 
     def _needed(self, targets: Iterable[int], known: set[str]) -> set[int]:
         """The nodes that make what `targets` read, as far as it is not known; those themselves too."""
@@ -88,8 +106,10 @@ class FrontToBack:
 
 
 def mean_nodes(tensor: str, rank: int, opset: int, out: str) -> list[NodeProto]:
-    """Nodes that make `out`, (C,), the mean of a tensor (N, C, …) over all dimensions but the second."""
-    axes = [d for d in range(rank) if d != 1]
+    """Nodes that make `out`, (N, C), the means of a tensor (N, C, …) over all dimensions but the first two."""
+    axes = list(range(2, rank))
+    if not axes:
+        return [helper.make_node("Identity", [tensor], [out])]
     if opset < 18:
         return [helper.make_node("ReduceMean", [tensor], [out], keepdims=0, axes=axes)]
     value = numpy_helper.from_array(np.asarray(axes, np.int64))

@@ -16,13 +16,13 @@ CNN = ["conv1", "conv2", "conv3", "conv4"]
 
 
 def whole(model: onnx.ModelProto, node: str, data: Sequence[dict[str, Array]]) -> Array:
-    """Channel means of a node's output, by running the whole model."""
+    """Each image's channel means of a node's output, by running the whole model."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.output[:]
     copy.graph.output.append(onnx.ValueInfoProto(name=node))
-    values = np.concatenate([run(copy, f)[0] for f in data]).astype(np.float64)
-    return np.asarray(values.mean(axis=tuple(d for d in range(values.ndim) if d != 1)))
+    values = np.concatenate([run(copy, f)[0] for f in data])
+    return np.asarray(values.reshape(*values.shape[:2], -1).mean(axis=2))
 
 
 def branches() -> onnx.ModelProto:
@@ -53,9 +53,78 @@ def test_branches_are_walked_too(nodes: list[str]) -> None:
         assert np.allclose(walk.next_means(4), whole(branches(), name, feeds()), atol=1e-6)
 
 
-def test_batches_of_different_sizes_count_by_their_images() -> None:
+def test_batches_may_differ_in_size() -> None:
     data = [feeds(1, 5)[0], feeds(1, 2)[0]]
-    assert np.allclose(FrontToBack(cnn(), data, ["conv2"]).next_means(4), whole(cnn(), "conv2", data), atol=1e-6)
+    means = FrontToBack(cnn(), data, ["conv2"]).next_means(4)
+    assert means.shape == (7, 8) and np.allclose(means, whole(cnn(), "conv2", data), atol=1e-6)
+
+
+def held(kind: str) -> onnx.ModelProto:
+    """A convolution, a tensor of some kind that is read before the next one and behind it, and a third."""
+    n = Net()
+    n.conv("x", "a")
+    if kind == "sequence":
+        n.node("SplitToSequence", ["a"], "held", axis=1, keepdims=1)
+        n.node("ConcatFromSequence", ["held"], "early", axis=1)
+        n.node("SequenceAt", ["held", n.const("zero", 0, np.int64)], "late")
+    elif kind == "shape":
+        n.node("Shape", ["a"], "held")
+        n.node("Reshape", ["a", "held"], "early")
+        n.node("Expand", ["one", "held"], "late")
+        n.const("one", 1.0)
+    elif kind == "scalar":
+        n.node("ReduceMean", ["a"], "held", keepdims=0)
+        n.node("Mul", ["a", "held"], "early")
+        n.node("Neg", ["held"], "late")
+    elif kind == "int4":
+        n.node("QuantizeLinear", ["a", n.const("scale", 0.1)], "held", output_dtype=TensorProto.INT4)
+        n.node("DequantizeLinear", ["held", "scale"], "early")
+        n.node("DequantizeLinear", ["held", "scale"], "late")
+    else:
+        n.node("Cast", ["a"], "held", to=TensorProto.DataType.Value(kind))
+        n.node("Cast", ["held"], "early", to=TensorProto.FLOAT)
+        n.node("Cast", ["held"], "late", to=TensorProto.FLOAT)
+    n.conv("early", "b")
+    n.node("Add", ["b", "late"], "sum")
+    n.conv("sum", "c")
+    model = n.model(("c", ["N", 8, 12, 12]), opset=21)
+    model.ir_version = 10
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", ["BFLOAT16", "FLOAT8E4M3FN", "FLOAT16", "STRING", "INT32", "int4", "sequence", "shape", "scalar"]
+)
+def test_tensors_of_all_types_lie_between_steps(kind: str) -> None:
+    data = [feeds(1, 4)[0]] * 2
+    walk = FrontToBack(held(kind), data, ["a", "b", "c"])
+    for name in ("a", "b", "c"):
+        assert np.allclose(walk.next_means(4), whole(held(kind), name, data), atol=1e-5)
+
+
+def test_integers_are_held_instead_of_their_floats() -> None:
+    n = Net()
+    n.node("QuantizeLinear", [n.conv("x", "a"), n.const("scale", 0.05), n.const("zero", 128, np.uint8)], "q")
+    n.node("DequantizeLinear", ["q", "scale", "zero"], "dq")
+    n.node("Add", [n.conv("dq", "b"), "dq"], "sum")
+    n.conv("sum", "c")
+    walk = FrontToBack(n.model(("c", ["N", 8, 12, 12])), feeds(), ["a", "b", "c"])
+    walk.next_means(4)
+    walk.next_means(4)
+    assert {k: v.dtype for k, v in walk._values[0].items()} == {"q": np.uint8}
+
+
+def test_local_functions_come_along() -> None:
+    model = cnn()
+    body = [helper.make_node("Relu", ["u"], ["v"])]
+    opsets = [helper.make_opsetid("", 17)]
+    model.functions.append(helper.make_function("local", "Mine", ["u"], ["v"], body, opsets))
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    relu = next(n for n in model.graph.node if n.name == "relu1")
+    relu.op_type, relu.domain = "Mine", "local"
+    walk = FrontToBack(model, feeds(), CNN)
+    for name in CNN:
+        assert np.allclose(walk.next_means(4), whole(cnn(), name, feeds()), atol=1e-6)
 
 
 def test_what_changes_behind_the_walk_is_seen_ahead() -> None:
@@ -80,23 +149,36 @@ def test_only_what_is_still_needed_is_held() -> None:
     assert held == [{frozenset("x")}, {frozenset("xb")}, {frozenset()}]
 
 
+def test_what_is_needed_much_later_is_held_until_then() -> None:
+    n = Net()
+    n.node("Relu", [n.conv("x", "a")], "early")
+    n.conv(n.conv(n.conv("early", "b"), "c"), "d")
+    n.node("Add", ["d", "early"], "sum")
+    n.conv("sum", "e")
+    model = n.model(("e", ["N", 8, 12, 12]))
+    walk = FrontToBack(model, feeds(), ["a", "b", "c", "d", "e"])
+    for name in ("a", "b", "c", "d", "e"):
+        assert np.allclose(walk.next_means(4), whole(model, name, feeds()), atol=1e-6)
+        assert ("early" in walk._values[0]) == (name in ("b", "c", "d"))
+
+
+def chosen(op: str) -> onnx.GraphProto:
+    """A branch that reads a tensor and a constant from around it."""
+    out = helper.make_tensor_value_info(f"{op}_out", TensorProto.FLOAT, None)
+    return helper.make_graph([helper.make_node(op, ["around", "half"], [f"{op}_out"])], op, [], [out])
+
+
 def test_subgraphs_read_what_is_around_them() -> None:
     n = Net()
-    n.conv("x", "a")
-    n.node("ReduceMax", [n.node("Abs", ["a"], "abs")], "top", keepdims=0)
+    n.const("half", 0.5)
+    n.node("Relu", [n.conv("x", "a")], "around")
+    n.conv("x", "b")
+    n.node("ReduceMax", ["x"], "top", keepdims=0)
     n.node("Greater", ["top", n.const("zero", 0.0)], "positive")
-    branch = [
-        helper.make_graph(
-            [helper.make_node(op, ["a"], [f"{op}_out"])],
-            op,
-            [],
-            [helper.make_tensor_value_info(f"{op}_out", TensorProto.FLOAT, None)],
-        )
-        for op in ("Relu", "Neg")
-    ]
-    n.node("If", ["positive"], "chosen", then_branch=branch[0], else_branch=branch[1])
-    n.conv("chosen", "c")
-    model = n.model(("c", ["N", 8, 12, 12]))
-    walk = FrontToBack(model, feeds(), ["a", "c"])
-    for name in ("a", "c"):
-        assert np.allclose(walk.next_means(4), whole(model, name, feeds()), atol=1e-6)
+    n.node("If", ["positive"], "either", then_branch=chosen("Add"), else_branch=chosen("Mul"))
+    n.conv("either", "c")
+    model = n.model(("c", ["N", 8, 12, 12]), ("b", ["N", 8, 12, 12]))
+    for nodes in (["a", "b", "c"], ["c"]):
+        walk = FrontToBack(model, feeds(), nodes)
+        for name in nodes:
+            assert np.allclose(walk.next_means(4), whole(model, name, feeds()), atol=1e-6)
