@@ -30,7 +30,7 @@ from hantc.passes.state import Context, State
 
 _CLEARLY = 0.97  # of the robust ranges' divergence
 _VERSION = 3
-_SHARE = 0.03  # of the run's time limit
+CALIBRATION_SHARE = 0.03  # of the run's time limit
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _divergences(
     found: dict[Way, float] = {}
     with ctx.reporter.bar("choosing INT8 ranges", len(RANGES) + 2) as bar:
         for way in _candidates(found):
-            if found and time.monotonic() - start > _SHARE * ctx.clock.limit_s:
+            if found and time.monotonic() - start > CALIBRATION_SHARE * ctx.clock.limit_s:
                 break
             try:
                 files[way] = files[way] if way in files else make(way)

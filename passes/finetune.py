@@ -9,9 +9,17 @@ import torch
 
 from hantc.core.types import digest
 from hantc.passes.assemble import student_facts
+from hantc.passes.calibrate import CALIBRATION_SHARE
 from hantc.passes.checkpoint import Checkpoint
 from hantc.passes.state import Context, State
 from hantc.passes.tuning import RECIPE, Tuner
+
+_LEAST_LEFT = 0.05  # of what is left of the time limit, for what comes after fine-tuning
+_UNKNOWN_LEFT = 0.15  # the same where no latency of this machine is known
+_MOST_LEFT = 0.5
+_RESTLESS = 2.0  # a busy machine takes this much longer over the end of a run
+_START_S = 5.0  # quantising, building sessions, the report
+_SAMPLES_S = 1.5  # timing a pair of networks, at least
 
 
 class Finetune:
@@ -38,7 +46,8 @@ class Finetune:
         checkpoint = Checkpoint(ctx.store, key)
         tuner = Tuner(state, ctx, ctx.data, student)
         effort, clock = ctx.effort, ctx.clock
-        seconds = min(effort.finetune_share * clock.limit_s * 1.3, 0.85 * clock.remaining())
+        after = min(max(closing_s(state, ctx), _LEAST_LEFT * clock.remaining()), _MOST_LEFT * clock.remaining())
+        seconds = min(effort.finetune_share * clock.limit_s * 1.3, clock.remaining() - after)
         steps = effort.finetune_epochs * max(1, (len(ctx.data.train) + len(ctx.data.more or ())) // tuner.size)
         history = tuner.train(seconds, steps, checkpoint)
         tensors = {k: v.detach().contiguous().numpy() for k, v in student.state_dict().items()}
@@ -46,3 +55,19 @@ class Finetune:
         ctx.store.put_json("history", key, history)
         checkpoint.clear()
         return replace(state, student=student, history=tuple(history))
+
+
+def closing_s(state: State, ctx: Context) -> float:
+    """About how many seconds the run takes once the student is trained: choosing ranges, timing the files, and every
+    image of the validation split through each of them. A classifier at 224×224 spends minutes on that, not seconds."""
+    assert state.plan is not None and state.costs is not None and ctx.data is not None
+    ranges = CALIBRATION_SHARE * ctx.clock.limit_s
+    if not ctx.capabilities.measures:  # predictions say nothing of the engine that the images go through here
+        return max(_START_S + ranges, _UNKNOWN_LEFT * ctx.clock.remaining())
+    second = state.costs.pace / 1e3  # on the wall, of the table's milliseconds
+    teacher_s, student_s = second * state.costs.teacher_ms, second * state.plan.predicted_latency_ms
+    others = 1 + (ctx.base == "bf16") + (state.given is not None)  # the teacher in INT8, in BF16, as it came
+    images = len(ctx.data.val) / ctx.config.batch * ((1 + others) * teacher_s + student_s)
+    pairs = 2 + others + len(ctx.rivals)
+    timing = 0.0 if ctx.from_table else pairs * max(_SAMPLES_S, 82 * teacher_s)  # 41 samples of both
+    return _START_S + ranges + _RESTLESS * (images + timing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from hantc.dialect.graph import with_taps
 from hantc.passes import tuning
 from hantc.passes.checkpoint import Checkpoint
-from hantc.passes.finetune import Finetune
+from hantc.passes.finetune import Finetune, closing_s
+from hantc.passes.state import Clock, Context, State
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Lab
@@ -86,6 +88,50 @@ def test_a_second_call_trains_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch)
     want, got = first.student.state_dict(), second.student.state_dict()
     assert all(torch.equal(v, got[k]) for k, v in want.items())
     assert [dict(h) for h in second.history] == [dict(h) for h in first.history]
+
+
+def measured(ctx: Context, state: State, teacher_ms: float, pace: float = 1.0) -> tuple[State, Context]:
+    """The state of a teacher that takes so long, and the context of a machine that is timed."""
+    assert state.costs is not None and state.plan is not None
+    costs = replace(state.costs, teacher_ms=teacher_ms, pace=pace)
+    plan = replace(state.plan, predicted_latency_ms=teacher_ms / 2)
+    timed = replace(ctx, capabilities=replace(ctx.capabilities, measures=True))
+    return replace(state, costs=costs, plan=plan), timed
+
+
+def test_validation_images_through_slow_files_take_long(lab: Lab) -> None:
+    ctx, state = replace(lab.fresh(), clock=Clock(100.0)), lab.rewritten()
+    assert ctx.data is not None
+    images, fast = len(ctx.data.val), closing_s(*measured(ctx, state, 0.001))
+    slow = closing_s(*measured(ctx, state, 10.0))
+    assert slow - fast == pytest.approx(2.0 * images * 2.5 * 0.010, rel=0.01), "teacher, its INT8 form, half for it"
+    assert closing_s(*measured(ctx, state, 10.0, pace=2.0)) > slow, "on the wall"
+    assert 3.0 < fast < 30.0
+    four = replace(ctx, config=ctx.config.model_copy(update={"batch": 4}))
+    assert closing_s(*measured(four, state, 10.0)) < slow, "so long for four images"
+
+
+@pytest.mark.parametrize(
+    ("teacher_ms", "share"),
+    [(1.0, 0.90), (1e5, 0.5)],  # seconds of 1,000 that go into training, at least; all would, were it not bounded
+)
+def test_time_is_left_for_what_comes_after(
+    teacher_ms: float, share: float, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def train(self: tuning.Tuner, seconds: float, steps: int, checkpoint: Checkpoint) -> list[dict[str, float]]:
+        asked.append(seconds)
+        return []
+
+    monkeypatch.setattr(tuning.Tuner, "train", train)
+    ctx = lab.fresh(effort={"finetune_share": 1.0})
+    ctx = replace(ctx, clock=Clock(1000.0))
+    state, ctx = measured(ctx, lab.rewritten(), teacher_ms)
+    Finetune().call(state, ctx)
+    assert 1000 * share - 10 < asked[0] < 1000 * share + 60
+    Finetune().call(lab.rewritten(), replace(lab.fresh(), clock=Clock(1000.0)))
+    assert asked[1] <= 850.0, "predicted only: what images take here is not known"
 
 
 def test_regions_keep_their_names(lab: Lab) -> None:
