@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -83,6 +84,25 @@ def physical_cores(cpuinfo: str | None = None, allowed: frozenset[int] | None = 
             pairs.add((record.get("physical id", "0"), record.get("core id", f"p{number}")))
     count = len(pairs) or len(allowed)
     return max(1, min(count, _cgroup_cpus(Path("/sys/fs/cgroup/cpu.max")) or count))
+
+
+def pick_cores(threads: int, cpuinfo: str | None = None, allowed: frozenset[int] | None = None) -> tuple[int, ...]:
+    """The processors for `threads` threads to stay on, of those that this process may use: of one package if that has
+    enough, each another physical core as far as there are any; all of them where they are fewer than threads."""
+    allowed = _affinity() if allowed is None else allowed
+    packages: dict[str, list[tuple[int, int]]] = {}  # (how many processors of its core are taken before it, number)
+    seen: Counter[tuple[str, str]] = Counter()
+    records = {int(r["processor"]): r for r in parse_cpuinfo(read_cpuinfo() if cpuinfo is None else cpuinfo)}
+    for number in sorted(allowed):
+        record = records.get(number, {})
+        package = record.get("physical id", "0")
+        core = (package, record.get("core id", f"p{number}"))
+        packages.setdefault(package, []).append((seen[core], number))
+        seen[core] += 1
+    # a package that has a core for each thread before one that has not, the one with more cores before the other
+    order = sorted(packages.values(), key=lambda p: -min(threads, sum(rank == 0 for rank, _ in p)))
+    best = [(rank, k, number) for k, package in enumerate(order) for rank, number in package]
+    return tuple(sorted(number for _, _, number in sorted(best)[:threads]))
 
 
 def parse_cpuinfo(text: str) -> list[dict[str, str]]:

@@ -32,6 +32,7 @@ class Target(BaseModel):
     precisions: tuple[Literal["fp32", "int8", "fp16", "bf16"], ...] = Field(min_length=1)
     batch: PositiveInt = 1
     threads: PositiveInt | None = None  # None: physical cores
+    pin: bool = False  # threads keep to as many cores while something is timed
     description: str = ""
     compute_capability: str | None = None  # of a GPU: "SM89"
     ceilings: Machine | None = None  # of a machine whose latencies are predicted

@@ -77,6 +77,7 @@ def machine_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--batch", type=int, metavar="N", help="images at a time; default the target's, mostly 1")
     g.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    g.add_argument("--pin", action="store_true", help="keep to as many cores while something is timed (Linux)")
     shape_option(g)
 
 

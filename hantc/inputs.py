@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto
 from pydantic import ValidationError
 
-from hantc.backends.device import channel_block, needs_reduced_range, physical_cores
+from hantc.backends.device import channel_block, needs_reduced_range, physical_cores, pick_cores
 from hantc.backends.learning import learning_device, multiplies_bf16
 from hantc.backends.registry import available, get_backend
 from hantc.backends.targets import Target, get_target
@@ -22,6 +22,7 @@ from hantc.core.backend_api import Backend, Capabilities, Optimizer
 from hantc.core.config import EFFORTS, Budget, Cap, CompileConfig, parse_drop, parse_duration, parse_shapes, parse_size
 from hantc.core.errors import UsageError
 from hantc.core.lut import read_lut
+from hantc.core.pinning import can_pin
 from hantc.core.progress import Reporter
 from hantc.core.store import Store
 from hantc.core.types import ModelInfo, digest
@@ -115,6 +116,7 @@ def prepare(
     if config.foreign_lut:
         capabilities, there = _elsewhere(config, capabilities)
         threads = config.threads or target.threads or there
+    cores = _cores(threads) if (config.pin or target.pin) and capabilities.measures else ()
     torch.manual_seed(config.seed)
     effort = EFFORTS[config.effort]
     if config.time_limit is not None:
@@ -148,6 +150,7 @@ def prepare(
         device=device,
         mixed=mixed,
         mixed_on_cpu=mixed_on_cpu,
+        cores=cores,
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )
@@ -227,6 +230,13 @@ def _elsewhere(config: CompileConfig, here: Capabilities) -> tuple[Capabilities,
     if here.channel_block:
         made = replace(made, channel_block=channel_block(lut.device))
     return made, lut.table.rows[0].threads
+
+
+def _cores(threads: int) -> tuple[int, ...]:
+    """What threads keep to while something is timed. UsageError where the system cannot see to that."""
+    if not can_pin():
+        raise UsageError("this system does not tie threads to cores", where="--pin", hint="leave --pin away")
+    return pick_cores(threads)
 
 
 def _rivals(backend: Backend, capabilities: Capabilities) -> tuple[Backend, ...]:

@@ -303,6 +303,7 @@ def verify_run(folder: Path, reporter: Reporter, *, cold: bool = False) -> dict[
             threads=summary.device.threads,
             batch=summary.batch,
             seed=summary.seed,
+            pin=bool(summary.options.get("pin")),
             train_device="cpu",  # nothing learns here
             out=Path(place, "run"),
             store=Path(place, "store"),

@@ -8,7 +8,7 @@ from onnx import ModelProto
 
 from hantc.core.backend_api import BuildSpec
 from hantc.core.errors import UsageError
-from hantc.core.types import Protocol, Timing
+from hantc.core.types import Timing
 from hantc.passes.state import Context
 
 
@@ -23,6 +23,6 @@ def check_cold(ctx: Context) -> None:
 def measure_cold(networks: Sequence[ModelProto], ctx: Context) -> list[Timing]:
     """Each network's latency where the processor's caches hold other data when it starts, interleaved."""
     spec = BuildSpec(ctx.threads, ctx.config.batch)
-    protocol = Protocol(ctx.threads, ctx.config.batch, warmup=5, samples=41, cold=True)
+    protocol = ctx.protocol(warmup=5, samples=41, cold=True)
     with ctx.reporter.bar("measuring with cold caches", 1.0):
         return ctx.backend.measure([ctx.backend.build(m, spec) for m in networks], protocol)

@@ -70,15 +70,18 @@ class Meter:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.protocol = Protocol(threads=ctx.threads, batch=ctx.config.batch, warmup=2, samples=12, min_sample_ms=1.0)
+        self.protocol = ctx.protocol(warmup=2, samples=12, min_sample_ms=1.0)
         self.careful = replace(self.protocol, samples=25)  # for what is taken off many figures
         self.build_spec = BuildSpec(threads=ctx.threads, batch=ctx.config.batch)
         self.base: dict[str, object] = {
             "backend": ctx.backend.name,
             "device": ctx.device_key,
-            "protocol": {k: v for k, v in asdict(self.protocol).items() if k != "cold"},  # rows are warm
+            # rows are warm; which processors they were measured on is the system's numbering of the same
+            "protocol": {k: v for k, v in asdict(self.protocol).items() if k not in ("cold", "cores")},
             "method": _VERSION,
         }
+        if ctx.cores:
+            self.base["pinned"] = True
         if ctx.base == "bf16":  # the rest of a file does not tell
             self.base["floats"] = ctx.base
         self.measured = 0

@@ -16,7 +16,7 @@ from hantc.core.config import CompileConfig, EffortSettings
 from hantc.core.memory import total_memory
 from hantc.core.progress import Reporter
 from hantc.core.store import Store
-from hantc.core.types import CandidateSpec, CostTable, MatchResult, Plan, ScoreRow, digest
+from hantc.core.types import CandidateSpec, CostTable, MatchResult, Plan, Protocol, ScoreRow, digest
 from hantc.data.dataset import Dataset
 from hantc.dialect.qdq import QuantSpec
 from hantc.dialect.rewrites.base import Applied, Missed
@@ -114,6 +114,7 @@ class Context:
     device: torch.device = CPU  # that candidates and students learn on
     mixed: bool = False  # whether candidates and students multiply in BF16 while they learn
     mixed_on_cpu: bool = False  # the same for networks that learn on the CPU though there is a GPU
+    cores: tuple[int, ...] = ()  # the processors to stay on while something is timed
     rivals: tuple[Backend, ...] = ()  # other engines that can be timed on this machine
     target: Mapping[str, object] = field(default_factory=dict)  # the target's definition, as its file has it
     notes: list[str] = field(default_factory=list)
@@ -132,6 +133,12 @@ class Context:
     def quant(self) -> QuantSpec:
         """How INT8 is written for the target."""
         return QuantSpec(reduce_range=self.capabilities.reduce_range, symmetric=self.capabilities.symmetric)
+
+    def protocol(
+        self, *, warmup: int, samples: int, min_sample_ms: float = Protocol.min_sample_ms, cold: bool = False
+    ) -> Protocol:
+        """How to time, for this run's threads, batch and cores."""
+        return Protocol(self.threads, self.config.batch, warmup, samples, min_sample_ms, cold, self.cores)
 
     def place(self, network: nn.Module) -> torch.device:
         """Where a network's candidates and students learn."""

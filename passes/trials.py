@@ -7,7 +7,7 @@ from dataclasses import astuple, replace
 
 from onnx import ModelProto
 
-from hantc.core.types import Correction, CostTable, Protocol
+from hantc.core.types import Correction, CostTable
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
 from hantc.passes.meter import Meter
@@ -47,7 +47,7 @@ def measure_students(state: State, ctx: Context, problem: Problem, solutions: Se
         student = build_student(state, blueprint, specs_of(state))
         models.append(to_onnx(student, blueprint, ctx, calibration_feeds(student, ctx.data, 16, 16)))
         plans.append(plan)
-    protocol = Protocol(ctx.threads, ctx.config.batch, warmup=3, samples=25, min_sample_ms=12.0)
+    protocol = ctx.protocol(warmup=3, samples=25, min_sample_ms=12.0)
     with ctx.reporter.bar(f"timing {len(plans)} students", 1.0) as bar:
         # in pairs: in a round of ten a large teacher finds the caches cold each time, and looks slower than it is
         pairs = []

@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import HantcError
-from hantc.core.types import Protocol, Timing, digest
+from hantc.core.types import Timing, digest
 from hantc.data.dataset import Split
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
@@ -60,7 +60,7 @@ class Verify:
                 "teacher": state.model_hash,
                 "device": ctx.device_key,
                 "given": state.given_hash,
-                "options": [ctx.threads, ctx.config.batch, ctx.backend.name],
+                "options": [ctx.threads, ctx.config.batch, ctx.backend.name, *(["pinned"] if ctx.cores else [])],
                 "rivals": [asdict(r.capabilities().device) for r in ctx.rivals],
                 "data": ctx.data.fingerprint if ctx.data else None,
                 "predicted": [state.plan.predicted_latency_ms, state.costs.teacher_ms],
@@ -143,7 +143,7 @@ class Verify:
         the first pair."""
         spec = BuildSpec(ctx.threads, ctx.config.batch)
         artefacts = [ctx.backend.build(m, spec) for m in networks]
-        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=5, samples=41, min_sample_ms=15.0)
+        protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0)
         with ctx.reporter.bar("measuring teacher, student and INT8 baseline", 1.0):
             pairs = [ctx.backend.measure([artefacts[0], a], protocol) for a in artefacts[1:]]
         first = pairs[0][0]
@@ -166,7 +166,7 @@ class Verify:
         that have it, on the clock of `ms`, the chosen one's in FP32."""
         found = {ctx.backend.name: ms}
         spec = BuildSpec(ctx.threads, ctx.config.batch)
-        protocol = Protocol(ctx.threads, ctx.config.batch, warmup=5, samples=15, min_sample_ms=15.0)
+        protocol = ctx.protocol(warmup=5, samples=15, min_sample_ms=15.0)
         ways = [(r.name, r, teacher) for r in ctx.rivals]
         ways += [
             (f"{r.name}{_BF16}", r, in_bf16(teacher))

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 
 import hantc
+from hantc import inputs
 from hantc.backends import registry
 from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
 from hantc.core.errors import UsageError
@@ -73,6 +74,24 @@ def test_batch_and_threads_are_the_targets_unless_given(tiny: Tiny, tmp_path: Pa
     assert (ctx.config.batch, ctx.threads, ctx.backend.name) == (4, 3, "roofline")
     ctx = context(tiny, tmp_path, target=str(board), batch=1, threads=2)
     assert (ctx.config.batch, ctx.threads) == (1, 2)
+
+
+def test_threads_are_pinned_where_asked_for(
+    tiny: Tiny, tmp_path: Path, board: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "pick_cores", lambda threads: tuple(range(5, 5 + threads)))
+    monkeypatch.setattr(inputs, "can_pin", lambda: True)
+    assert context(tiny, tmp_path, threads=2).cores == ()
+    ctx = context(tiny, tmp_path, threads=2, pin=True)
+    assert ctx.cores == ctx.protocol(warmup=1, samples=2).cores == (5, 6)
+    assert context(tiny, tmp_path, target=board, pin=True).cores == (), "nothing is timed"
+    own = tmp_path / "own.toml"
+    own.write_text('backend = "onnxruntime"\nprecisions = ["fp32"]\nthreads = 1\npin = true\n')
+    assert context(tiny, tmp_path, target=own).cores == (5,)
+    monkeypatch.setattr(inputs, "can_pin", lambda: False)
+    with pytest.raises(UsageError, match="does not tie threads") as info:
+        context(tiny, tmp_path, pin=True)
+    assert info.value.where == "--pin"
 
 
 def test_a_target_file_is_remembered_with_its_whole_path(

@@ -143,6 +143,7 @@ class CompileConfig(BaseModel):
     train_precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: of products, where candidates and students learn
     precision: Literal["auto", "fp32", "int8", "fp16", "bf16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
+    pin: bool = False  # keep to as many cores as threads while something is timed
     batch: int = Field(default=1, ge=1)
     lut: Path | None = None
     foreign_lut: bool = False  # the table is of another device, and its latencies count

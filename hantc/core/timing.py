@@ -18,6 +18,7 @@
   nothing about how they are spread; where fewer than half of the samples are quiet there is none yet.
 - Caches are warm: a network runs behind itself. With `Protocol.cold` each sample is one run behind the `Eviction` of
   whatever the processor's caches held, as where a request comes after other work.
+- With `Protocol.cores` threads keep to these processors (`core.pinning`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import numpy as np
 from hantc.core.backend_api import Artefact
 from hantc.core.errors import HantcError, ModelError
 from hantc.core.memory import cache_size
+from hantc.core.pinning import confined
 from hantc.core.types import Protocol, Timing
 
 try:
@@ -66,6 +68,11 @@ def measure_interleaved(
     runs: Sequence[Callable[[], object]], protocol: Protocol, clock: Clock = time.perf_counter_ns
 ) -> list[Timing]:
     """Time every callable by the protocol; one Timing each, in order. `clock` gives nanoseconds."""
+    with confined(protocol.cores):
+        return _interleaved(runs, protocol, clock)
+
+
+def _interleaved(runs: Sequence[Callable[[], object]], protocol: Protocol, clock: Clock) -> list[Timing]:
     fastest = [_fastest_ms(run, protocol, clock) for run in runs]
     prepare = [Eviction(protocol.threads)] * len(runs) if protocol.cold else list(runs)
     plans = [_Sampling(1, 1) if protocol.cold else _plan(ms, protocol) for ms in fastest]

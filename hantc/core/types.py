@@ -151,7 +151,8 @@ class Device:
 @dataclass(frozen=True)
 class Protocol:
     """How to time: warm-up, then `samples` interleaved samples of at least `min_sample_ms` each. `cold`: single runs
-    instead, before each of which the processor's caches are filled with something else."""
+    instead, before each of which the processor's caches are filled with something else. `cores`: the processors that
+    the threads stay on meanwhile; where the system places them if empty."""
 
     threads: int
     batch: int = 1
@@ -159,6 +160,7 @@ class Protocol:
     samples: int = 15
     min_sample_ms: float = 3.0
     cold: bool = False
+    cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

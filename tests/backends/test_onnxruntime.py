@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import pytest
@@ -35,6 +37,29 @@ def test_physical_cores_count_cores_not_threads_and_respect_the_affinity() -> No
     no_ids = "processor : 0\n\nprocessor : 1\n"
     assert device.physical_cores(no_ids, frozenset({0})) == 1
     assert device.physical_cores("", frozenset({3})) == 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "allowed", "wanted"),
+    [
+        (1, range(8), (0,)),
+        (2, range(8), (0, 1)),
+        (2, (1, 2, 3, 6, 7), (2, 3)),  # the package that has a core for each
+        (3, range(8), (0, 1, 2)),  # another package before a core's second thread
+        (4, range(8), (0, 1, 2, 3)),
+        (5, range(8), (0, 1, 2, 3, 4)),
+        (2, (1, 5), (1, 5)),  # one core, both its threads
+        (9, (1, 2), (1, 2)),  # what there is
+    ],
+)
+def test_threads_are_pinned_to_cores_of_their_own(
+    threads: int, allowed: Sequence[int], wanted: tuple[int, ...]
+) -> None:
+    """Two packages of two cores with two threads each: 0, 1, 4 and 5 are of the first."""
+    places = [(n // 2 % 2, n % 2) for n in range(8)]
+    text = "\n".join(f"processor : {n}\nphysical id : {p}\ncore id : {c}\n" for n, (p, c) in enumerate(places))
+    assert device.pick_cores(threads, text, frozenset(allowed)) == wanted
+    assert device.pick_cores(threads, "", frozenset(allowed)) == tuple(sorted(allowed)[:threads]), "nothing is told"
 
 
 def test_fingerprint_keeps_the_flags_that_matter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +89,13 @@ def test_the_pace_of_the_network_is_kept_with_it(lab: Lab) -> None:
     calls = backend.calls
     assert Meter(lab.fresh(backend=backend, store=ctx.store)).network(chain(4)) == first
     assert backend.calls == calls, "nothing is measured again"
+
+
+def test_rows_of_pinned_threads_are_rows_of_their_own(lab: Lab) -> None:
+    free = lab.fresh(backend=Moody([1.0]))
+    pinned, elsewhere = (Meter(replace(free, cores=cores)) for cores in ((0,), (1,)))
+    assert Meter(free).key(candidate=1) != pinned.key(candidate=1) == elsewhere.key(candidate=1)
+    assert pinned.protocol.cores == pinned.careful.cores == (0,)
 
 
 def test_rows_are_measured_anew_when_their_reference_is_lost(lab: Lab) -> None:
