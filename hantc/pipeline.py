@@ -6,8 +6,10 @@ times them, lints and dumps graphs, and knows nothing of what they do.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from hantc.passes.finetune import Finetune
 from hantc.passes.load import Load
 from hantc.passes.match import Match
 from hantc.passes.normalize import Normalize
+from hantc.passes.place import CPU
 from hantc.passes.propose import Propose
 from hantc.passes.redistil import Redistil
 from hantc.passes.rewrite import Rewrite
@@ -65,18 +68,33 @@ def run_passes(passes: Passes, state: State, ctx: Context) -> tuple[State, Mappi
         started = time.monotonic()
         before = state
         try:
-            state = step.call(state, ctx)
+            state, ctx = _call(step, state, ctx)
         except HantcError as error:
             error.where = error.where or step.name
             raise
-        except torch.OutOfMemoryError as error:
-            hint = "--train-device cpu; what was finished is not done again"
-            raise UsageError(f"the GPU's memory is full ({step.name})", where="--train-device", hint=hint) from error
         timings[step.name] = time.monotonic() - started
         ctx.reporter.event("end", stage=step.name, seconds=timings[step.name])
         _demand(state, step.ensures, f"{step.name} promised")
         _dump(f"{i:02d}_{step.name}", before, state, ctx)
     return state, timings
+
+
+def _call(step: Pass[State, Context], state: State, ctx: Context) -> tuple[State, Context]:
+    """What a pass makes of the state, and the context of the passes behind it: where a GPU's memory does not suffice,
+    and it was not asked for, candidates and students learn on the CPU from there on."""
+    # fine-tuning trains the student in place
+    given = state if ctx.device == CPU else replace(state, student=copy.deepcopy(state.student))
+    full = f"the GPU's memory is full ({step.name})"
+    try:
+        return step.call(state, ctx), ctx
+    except torch.OutOfMemoryError as error:
+        if ctx.device == CPU or ctx.config.train_device != "auto":
+            hint = "--train-device cpu; what was finished is not done again"
+            raise UsageError(full, where="--train-device", hint=hint) from error
+    torch.cuda.empty_cache()  # of what the error's own frames held until here
+    ctx.note(f"{full}: candidates and students learnt on the CPU from there on")
+    ctx = replace(ctx, device=CPU, mixed=ctx.mixed_on_cpu)
+    return step.call(given, ctx), ctx
 
 
 def _demand(state: State, fields: Sequence[str], who: str) -> None:

@@ -130,6 +130,10 @@ class Meter:
         self.pace.append(pace)
         return [replace(t, median_ms=t.median_ms / pace, iqr_ms=t.iqr_ms / pace) for t in timings]
 
+    def file(self, model: ModelProto, protocol: Protocol) -> Timing:
+        """A finished file's latency, overhead included, on the canary's first clock; kept nowhere."""
+        return self._measure([self.ctx.backend.build(model, self.build_spec)], protocol)[0]
+
     def _reference(self) -> float:
         """The canary's latency when this device was first timed, in milliseconds."""
         if self._canary is None:

@@ -206,6 +206,34 @@ def test_a_full_gpu_is_told(lab: Lab) -> None:
         def call(self, state: State, ctx: Context) -> State:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    ctx = lab.fresh(device=torch.device("cuda"), train_device="cuda")
     with pytest.raises(UsageError, match=r"memory is full \(full\)") as error:
-        run_passes((Full(),), lab.scored, lab.fresh())
+        run_passes((Full(),), lab.scored, ctx)
     assert error.value.where == "--train-device" and "--train-device cpu" in (error.value.hint or "")
+
+
+def test_where_a_gpu_fills_up_the_cpu_goes_on(lab: Lab) -> None:
+    """With the student as the pass had got it, and in the CPU's precision; the passes behind it stay there."""
+    seen: list[tuple[torch.device, bool, float]] = []
+
+    class Full(Noop):
+        name: ClassVar[str] = "full"
+
+        def call(self, state: State, ctx: Context) -> State:
+            assert state.student is not None
+            weight = next(state.student.parameters())
+            seen.append((ctx.device, ctx.mixed, float(weight.detach().sum())))
+            with torch.no_grad():
+                weight.add_(1.0)
+            if ctx.device.type == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return state
+
+    ctx = lab.fresh(device=torch.device("cuda"), mixed=True)
+    state, timings = run_passes((Full(), Noop()), lab.rewritten(), ctx)
+    assert [(d.type, mixed) for d, mixed, _ in seen] == [("cuda", True), ("cpu", False)]
+    assert seen[0][2] == seen[1][2], "not as the attempt had left it"
+    assert ctx.notes == ["the GPU's memory is full (full): candidates and students learnt on the CPU from there on"]
+    assert state.student is not None and list(timings) == ["full", "noop"]
+    after = run_passes((Full(), Full()), lab.rewritten(), lab.fresh(device=torch.device("cuda")))
+    assert after and [d.type for d, _, _ in seen[2:]] == ["cuda", "cpu", "cpu"]

@@ -13,6 +13,7 @@ from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import ModelError
 from hantc.core.types import Protocol, Timing
+from hantc.dialect.emitter import emit
 from hantc.passes.verify import Verify, _tell
 from tests.passes.conftest import COUNTING
 
@@ -56,6 +57,42 @@ def test_networks_timed_in_pairs_are_on_one_clock(lab: Lab) -> None:
     first, *others = Verify._time([lab.model] * 4, lab.context(backend=Tiring()))
     assert len(others) == 3
     assert [t.median_ms for t in others] == pytest.approx([first.median_ms] * 3)
+
+
+class Crowded(RooflineBackend):
+    """Others use the caches: what is as large as the teacher takes `factor` times as long, the rest as ever. Whether
+    there is a reference network hangs on `knows`."""
+
+    def __init__(self, large: int, factor: float, *, knows: bool) -> None:
+        super().__init__(COUNTING)
+        self.large, self.factor, self.knows = large, factor, knows
+
+    def build(self, model: ModelProto, spec: BuildSpec) -> Artefact:
+        """As ever; the reference network is refused if it is not known."""
+        if model.graph.name == "canary" and not self.knows:
+            raise ModelError("no")
+        return replace(super().build(model, spec), size_bytes=model.ByteSize())
+
+    def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
+        """As predicted, and longer."""
+        slow = [self.factor if a.size_bytes >= self.large else 1.0 for a in artefacts]
+        timings = super().measure(artefacts, protocol)
+        return [replace(t, median_ms=s * t.median_ms) for t, s in zip(timings, slow, strict=True)]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_crowded_cache_does_not_make_the_prediction_wrong(lab: Lab, knows: bool) -> None:
+    """The teacher takes twice what it took when the table was made, the student the same: so is it predicted."""
+    state = lab.rewritten()
+    assert state.student is not None and state.network is not None and state.costs is not None
+    teacher, student = emit(state.network).model, emit(state.student).model
+    ctx = lab.fresh(backend=Crowded(teacher.ByteSize(), 2.0, knows=knows))
+    assert student.ByteSize() < teacher.ByteSize()
+    timings = Verify._time([teacher, student], ctx)
+    assert timings[0].median_ms == pytest.approx(2 * state.costs.teacher_ms, rel=0.01)
+    pace = Verify._pace(replace(state, emitted=student), ctx, timings, (teacher, teacher))
+    # without a reference network only the teacher tells how fast the machine is
+    assert pace == pytest.approx(1.0 if knows else 2.0, rel=0.01)
 
 
 class Rival(Tiring):
