@@ -172,6 +172,9 @@ class Timing:
     samples: int
 
 
+_WEIGHT_BYTES = {"int8": 1, "fp16": 2, "bf16": 2}
+
+
 @dataclass(frozen=True)
 class CostRow:
     """What one candidate costs at one region's shapes. `predicted` rows come from a model, not a clock."""
@@ -190,6 +193,11 @@ class CostRow:
     params: int = 0
     predicted: bool = False
     note: str = ""
+
+    @property
+    def weight_mb(self) -> float:
+        """Megabytes of weights, as the engine reads them."""
+        return self.params * _WEIGHT_BYTES.get(self.precision, 4) / 1e6
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hantc.core.types import Correction, CostRow, CostTable, MatchResult
-from hantc.passes.glue import balance, glue_shares, inner_glue, measure_glue
+from hantc.passes.glue import balance, glue_shares, inner_glue, measure_glue, teachers_rows
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_problem
 from tests.passes.conftest import CLASSES
@@ -31,6 +31,30 @@ def test_whole_and_parts_differ_by_a_factor() -> None:
     glue, scale = balance(chain(), ROWS, teacher_ms=7.0, glue_ms=0.5)
     assert scale == pytest.approx(7.0 / 6.5)
     assert 6 * scale + glue == pytest.approx(7.0)
+
+
+def test_what_a_teacher_takes_for_its_weights_is_its_own() -> None:
+    """Sixteen megabytes of them, which do not stay in the caches together. Students have fewer, and their parts take what
+    parts of small networks do."""
+    rows = [replace(r, params=2_000_000 if r.region in ("r00", "r01") else 0) for r in ROWS]
+    parts = 6.0 + 0.5
+    assert sum(r.weight_mb for r in teachers_rows(chain(), rows)) == pytest.approx(16.0)
+    found = balance(chain(), rows, teacher_ms=parts + 3.0, glue_ms=0.5)
+    assert found == pytest.approx((0.55, 1.1))
+    little = balance(chain(), rows, teacher_ms=1.05 * parts, glue_ms=0.5)
+    assert little == pytest.approx((0.5 * 1.05, 1.05)), "no more than small networks do"
+    faster = balance(chain(), rows, teacher_ms=0.9 * parts, glue_ms=0.5)
+    assert faster == pytest.approx((0.5 * 0.9, 0.9))
+    slow = balance(chain(), rows, teacher_ms=1.1 * parts + 4.1, glue_ms=0.5)
+    assert slow == balance(chain(), ROWS, 1.1 * parts + 4.1, 0.5), "memory is not as slow as that"
+    said = [replace(r, predicted=True) for r in rows]
+    assert balance(chain(), said, parts + 1.0, 0.5)[1] == pytest.approx(7.5 / 6.5), "predictions count bytes"
+
+
+def test_weights_take_less_in_int8() -> None:
+    row = replace(ROWS[0], params=1_000_000)
+    sizes = [replace(row, precision=p).weight_mb for p in ("fp32", "fp16", "bf16", "int8")]
+    assert sizes == [4.0, 2.0, 2.0, 1.0]
 
 
 def test_without_a_glue_of_its_own_it_is_what_is_left() -> None:
