@@ -34,8 +34,8 @@ def test_whole_and_parts_differ_by_a_factor() -> None:
 
 
 def test_what_a_teacher_takes_for_its_weights_is_its_own() -> None:
-    """Sixteen megabytes of them, which do not stay in the caches together. Students have fewer, and their parts take what
-    parts of small networks do."""
+    """Sixteen megabytes of them, which do not stay in the caches together. Students have fewer, and their parts take
+    what parts of small networks do."""
     rows = [replace(r, params=2_000_000 if r.region in ("r00", "r01") else 0) for r in ROWS]
     parts = 6.0 + 0.5
     assert sum(r.weight_mb for r in teachers_rows(chain(), rows)) == pytest.approx(16.0)
