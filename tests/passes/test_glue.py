@@ -40,13 +40,13 @@ def test_what_a_teacher_takes_for_its_weights_is_its_own() -> None:
     parts = 6.0 + 0.5
     assert sum(r.weight_mb for r in teachers_rows(chain(), rows)) == pytest.approx(16.0)
     found = balance(chain(), rows, teacher_ms=parts + 3.0, glue_ms=0.5)
-    assert found == pytest.approx((0.55, 1.1))
-    little = balance(chain(), rows, teacher_ms=1.05 * parts, glue_ms=0.5)
-    assert little == pytest.approx((0.5 * 1.05, 1.05)), "no more than small networks do"
+    assert found == pytest.approx((0.54, 1.08))
+    little = balance(chain(), rows, teacher_ms=1.04 * parts, glue_ms=0.5)
+    assert little == pytest.approx((0.5 * 1.04, 1.04)), "no more than small networks do"
     faster = balance(chain(), rows, teacher_ms=0.9 * parts, glue_ms=0.5)
     assert faster == pytest.approx((0.5 * 0.9, 0.9))
-    slow = balance(chain(), rows, teacher_ms=1.1 * parts + 4.1, glue_ms=0.5)
-    assert slow == balance(chain(), ROWS, 1.1 * parts + 4.1, 0.5), "memory is not as slow as that"
+    slow = balance(chain(), rows, teacher_ms=1.08 * parts + 4.1, glue_ms=0.5)
+    assert slow == balance(chain(), ROWS, 1.08 * parts + 4.1, 0.5), "memory is not as slow as that"
     said = [replace(r, predicted=True) for r in rows]
     assert balance(chain(), said, parts + 1.0, 0.5)[1] == pytest.approx(7.5 / 6.5), "predictions count bytes"
 
