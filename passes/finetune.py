@@ -16,10 +16,10 @@ from hantc.passes.tuning import RECIPE, Tuner
 
 _LEAST_LEFT = 0.05  # of what is left of the time limit, for what comes after fine-tuning
 _UNKNOWN_LEFT = 0.15  # the same where no latency of this machine is known
-_MOST_LEFT = 0.5
-_RESTLESS = 2.0  # a busy machine takes this much longer over the end of a run
-_START_S = 5.0  # quantising, building sessions, the report
-_SAMPLES_S = 1.5  # timing a pair of networks, at least
+_MOST_LEFT = 0.6
+_RESTLESS = 1.5  # a busy machine takes this much longer over images
+_START_S = 15.0  # the student's last evaluation, quantising, building sessions, the report
+_PAIR_S, _PAIR_RUNS = 6.0, 250  # timing two networks, at least and in runs of the teacher, where figures keep swinging
 
 
 class Finetune:
@@ -69,5 +69,5 @@ def closing_s(state: State, ctx: Context) -> float:
     others = 1 + (ctx.base == "bf16") + (state.given is not None)  # the teacher in INT8, in BF16, as it came
     images = len(ctx.data.val) / ctx.config.batch * ((1 + others) * teacher_s + student_s)
     pairs = 2 + others + len(ctx.rivals)
-    timing = 0.0 if ctx.from_table else pairs * max(_SAMPLES_S, 82 * teacher_s)  # 41 samples of both
-    return _START_S + ranges + _RESTLESS * (images + timing)
+    timing = 0.0 if ctx.from_table else pairs * max(_PAIR_S, _PAIR_RUNS * teacher_s)
+    return _START_S + ranges + _RESTLESS * images + timing

@@ -104,16 +104,16 @@ def test_validation_images_through_slow_files_take_long(lab: Lab) -> None:
     assert ctx.data is not None
     images, fast = len(ctx.data.val), closing_s(*measured(ctx, state, 0.001))
     slow = closing_s(*measured(ctx, state, 10.0))
-    assert slow - fast == pytest.approx(2.0 * images * 2.5 * 0.010, rel=0.01), "teacher, its INT8 form, half for it"
+    assert slow - fast == pytest.approx(1.5 * images * 2.5 * 0.010, rel=0.01), "teacher, its INT8 form, half for it"
     assert closing_s(*measured(ctx, state, 10.0, pace=2.0)) > slow, "on the wall"
-    assert 3.0 < fast < 30.0
+    assert 15.0 < fast < 50.0
     four = replace(ctx, config=ctx.config.model_copy(update={"batch": 4}))
     assert closing_s(*measured(four, state, 10.0)) < slow, "so long for four images"
 
 
 @pytest.mark.parametrize(
     ("teacher_ms", "share"),
-    [(1.0, 0.90), (1e5, 0.5)],  # seconds of 1,000 that go into training, at least; all would, were it not bounded
+    [(1.0, 0.90), (1e5, 0.4)],  # seconds of 1,000 that go into training, at least; all would, were it not bounded
 )
 def test_time_is_left_for_what_comes_after(
     teacher_ms: float, share: float, lab: Lab, monkeypatch: pytest.MonkeyPatch
