@@ -187,7 +187,9 @@ def _engine(config: CompileConfig, target: Target) -> tuple[Backend, Capabilitie
 
 
 def _admitted(ctx: Context) -> list[str]:
-    """Notes on what the options leave to choose from."""
+    """Notes on what the options leave to choose from, and on one that changes nothing."""
+    if ctx.config.pin and not ctx.cores:
+        ctx.note("--pin: nothing is timed here, so that no thread was pinned")
     if ctx.data is None:
         rounds = "; the student computes in BF16, which rounds what the teacher computes in FP32"
         return [

@@ -22,6 +22,7 @@ from hantc.core.config import Cap, CompileConfig
 from hantc.core.errors import BudgetError, HantcError, UsageError
 from hantc.core.lut import write_lut
 from hantc.core.memory import peak_memory, retained_memory
+from hantc.core.pinning import can_pin
 from hantc.core.progress import Reporter
 from hantc.core.types import CostTable, Device, Plan
 from hantc.data.dataset import Dataset
@@ -303,7 +304,7 @@ def verify_run(folder: Path, reporter: Reporter, *, cold: bool = False) -> dict[
             threads=summary.device.threads,
             batch=summary.batch,
             seed=summary.seed,
-            pin=bool(summary.options.get("pin")),
+            pin=bool(summary.options.get("pin")) and can_pin(),
             train_device="cpu",  # nothing learns here
             out=Path(place, "run"),
             store=Path(place, "store"),

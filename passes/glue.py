@@ -133,9 +133,9 @@ def balance(
         return teacher_ms, 1.0
     if glue_ms is not None:
         scale = teacher_ms / (total + glue_ms)
-        fetching = teacher_ms - _COLDER * (total + glue_ms)
-        if 0 < fetching <= _SLOWEST * mb and not any(r.predicted for r in own):
-            return _COLDER * glue_ms, _COLDER
+        if scale > _COLDER and not any(r.predicted for r in own):
+            fetching = min(teacher_ms - _COLDER * (total + glue_ms), _SLOWEST * mb)
+            scale = (teacher_ms - fetching) / (total + glue_ms)
         if _RATIO[0] <= scale <= _RATIO[1]:
             return scale * glue_ms, scale
     if teacher_ms - total >= floor:

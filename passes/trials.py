@@ -10,6 +10,7 @@ from onnx import ModelProto
 from hantc.core.types import Correction, CostTable
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
+from hantc.passes.glue import teachers_rows
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_plan, parts_of, specs_of
 from hantc.passes.state import Context, Evaluated, State
@@ -55,9 +56,10 @@ def measure_students(state: State, ctx: Context, problem: Problem, solutions: Se
             pairs.append(meter.time([models[0], model], protocol))
             bar.advance(1 / len(plans))
     # the meter has them on the table's own clock already, the reference network's; the teacher is one only where there
-    # is no such network: its many weights suffer more than students' where others use the caches and the memory too
-    wanted = state.costs.teacher_ms
-    paces = [1.0 if meter.steady else wanted / teacher.median_ms for teacher, _ in pairs]
+    # is no such network: its many weights suffer more than students' where others use the caches and the memory too. A
+    # table from a file may be on another store's reference
+    wanted, steady = state.costs.teacher_ms, meter.steady and ctx.config.lut is None
+    paces = [1.0 if steady else wanted / teacher.median_ms for teacher, _ in pairs]
     return [
         Evaluated(p, student.median_ms * pace, teacher.median_ms * pace, None, None)
         for p, (teacher, student), pace in zip(plans, pairs, paces, strict=True)
@@ -65,10 +67,12 @@ def measure_students(state: State, ctx: Context, problem: Problem, solutions: Se
 
 
 def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
-    """The table corrected by what whole students took; the teacher itself counts as one of them."""
-    assert state.costs is not None
+    """The table corrected by what whole students took. The teacher itself counts as one of them, that takes what it is
+    priced at: kinds that few students have stay near the table."""
+    assert state.costs is not None and state.match is not None
     costs = state.costs
-    teacher = replace(_NOTHING, own=costs.teacher_ms - costs.glue_ms, glue=costs.glue_ms)
-    parts, measured = [t[0] for t in seen] + [astuple(teacher)], [t[1] for t in seen] + [costs.teacher_ms]
+    own = costs.scale * sum(r.latency_ms for r in teachers_rows(state.match.regions, costs.rows))
+    teacher = astuple(replace(_NOTHING, own=own, glue=costs.glue_ms))
+    parts, measured = [t[0] for t in seen] + [teacher], [t[1] for t in seen] + [sum(teacher)]
     factors = fit_factors(parts, measured, list(_SPREAD.values()), _TOGETHER)
     return replace(costs, correction=Correction(**dict(zip(_SPREAD, factors, strict=True))))

@@ -165,12 +165,14 @@ class Verify:
     def _pace(state: State, ctx: Context, timings: Sequence[Timing], teachers: tuple[ModelProto, ModelProto]) -> float:
         """How long a millisecond of the table's clock took on the wall's when teacher and student were timed. By the
         reference network, as all that the table holds: a large teacher takes up to twice as long where others use the
-        caches, which its student does not feel. Where there is none, by the normalized teacher."""
+        caches, which its student does not feel. Where there is none, the table is another store's or the student has
+        the teacher's own weights: by the normalized teacher."""
         assert state.emitted is not None and state.costs is not None
         if ctx.from_table:
             return state.costs.pace
         protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0)
-        meter = Meter(ctx) if state.costs.rows else None  # else nothing was predicted by it
+        by_reference = state.costs.rows and ctx.config.lut is None and ctx.data is not None
+        meter = Meter(ctx) if by_reference else None
         if meter is not None and meter.steady:
             return timings[1].median_ms / meter.file(state.emitted, protocol).median_ms
         again, clock = Verify._time(teachers, ctx)

@@ -84,7 +84,8 @@ def test_threads_are_pinned_where_asked_for(
     assert context(tiny, tmp_path, threads=2).cores == ()
     ctx = context(tiny, tmp_path, threads=2, pin=True)
     assert ctx.cores == ctx.protocol(warmup=1, samples=2).cores == (5, 6)
-    assert context(tiny, tmp_path, target=board, pin=True).cores == (), "nothing is timed"
+    ctx = context(tiny, tmp_path, target=board, pin=True)
+    assert ctx.cores == () and any("nothing is timed here" in n for n in ctx.notes)
     own = tmp_path / "own.toml"
     own.write_text('backend = "onnxruntime"\nprecisions = ["fp32"]\nthreads = 1\npin = true\n')
     assert context(tiny, tmp_path, target=own).cores == (5,)

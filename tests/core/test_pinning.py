@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from hantc.core import pinning
+from hantc.core.errors import HantcError
 from hantc.core.pinning import can_pin, confined
 from hantc.core.timing import measure_interleaved
 from hantc.core.types import Protocol
@@ -75,6 +76,34 @@ def test_threads_that_end_meanwhile_do_no_harm(monkeypatch: pytest.MonkeyPatch) 
     with confined(HERE[:1]):
         assert os.sched_getaffinity(0) == {HERE[0]}
     assert os.sched_getaffinity(0) == set(HERE)
+
+
+@needs_two
+def test_processors_that_are_not_there_are_an_error_and_nobody_stays_confined() -> None:
+    with pytest.raises(HantcError, match=r"cannot be put on processors 9999: .*") as info, confined([9999]):
+        raise AssertionError("never gets there")
+    assert info.value.hint == "leave --pin away"
+    assert os.sched_getaffinity(0) == set(HERE)
+
+
+@needs_two
+def test_an_old_place_that_is_gone_does_not_keep_the_rest_confined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thread of the list cannot go back."""
+    put = os.sched_setaffinity
+    refused: list[bool] = []
+
+    def refuse(task: int, cores: Collection[int]) -> None:
+        if task == first and refused:
+            raise OSError(22, "Invalid argument")
+        put(task, cores)
+
+    with waiting() as first:
+        monkeypatch.setattr(pinning, "_tasks", lambda: [first, os.getpid()])
+        monkeypatch.setattr(os, "sched_setaffinity", refuse)
+        with confined(HERE[:1]):
+            refused.append(True)
+        assert os.sched_getaffinity(os.getpid()) == set(HERE)
+        monkeypatch.undo()
 
 
 def test_nothing_asked_for_nothing_done(monkeypatch: pytest.MonkeyPatch) -> None:

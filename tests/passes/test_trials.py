@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -81,10 +82,10 @@ class Crowded(Moody):
         return [replace(first, median_ms=first.median_ms * self.times) if rest else first, *rest]
 
 
-def students(lab: Lab, machine: Moody) -> list[float]:
+def students(lab: Lab, machine: Moody, **options: Any) -> list[float]:
     assert lab.scored.costs is not None
     problem = make_problem(lab.scored, 0.7 * lab.scored.costs.teacher_ms)
-    ctx = lab.fresh(backend=machine)
+    ctx = lab.fresh(backend=machine, **options)
     return [e.measured_ms for e in measure_students(lab.scored, ctx, problem, solve_diverse(problem, 3))]
 
 
@@ -97,6 +98,14 @@ def test_students_are_not_faster_because_the_teacher_is_slower(lab: Lab) -> None
 
 def test_without_a_reference_network_the_teacher_is_the_clock(lab: Lab) -> None:
     calm, crowded = (students(lab, Crowded(times, refuses="HardSwish")) for times in (1.0, 1.2))
+    assert crowded == pytest.approx([ms / 1.2 for ms in calm])
+
+
+def test_with_a_table_from_a_file_the_teacher_is_the_clock(lab: Lab) -> None:
+    """The reference network of the store that it was measured with may have run in a slower hour."""
+    calm, slow = (students(lab, Moody([1.0, pace]), lut=Path("table.json")) for pace in (1.0, 3.0))
+    assert slow == pytest.approx(calm)
+    crowded = students(lab, Crowded(1.2), lut=Path("table.json"))
     assert crowded == pytest.approx([ms / 1.2 for ms in calm])
 
 
