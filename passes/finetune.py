@@ -18,8 +18,8 @@ _LEAST_LEFT = 0.05  # of what is left of the time limit, for what comes after fi
 _UNKNOWN_LEFT = 0.15  # the same where no latency of this machine is known
 _MOST_LEFT = 0.6
 _RESTLESS = 1.5  # a busy machine takes this much longer over images
-_START_S = 15.0  # the student's last evaluation, quantising, building sessions, the report
-_PAIR_S, _PAIR_RUNS = 6.0, 250  # timing two networks, at least and in runs of the teacher, where figures keep swinging
+_START_S = 10.0  # the student's last evaluation, quantising, building sessions, the report
+_PAIR_S, _PAIR_RUNS = 4.0, 200  # timing two networks, at least and in runs of the teacher, where figures swing
 
 
 class Finetune:
