@@ -154,6 +154,8 @@ def prepare(
         rivals=_rivals(backend, capabilities),
         target=target.model_dump(mode="json"),
     )
+    if config.pin and not cores:
+        notes.append("--pin: nothing is timed here, so that no thread was pinned")
     for note in (*capabilities.notes, *learning, *(data.notes if data else ()), *notes, *more, *_admitted(ctx)):
         ctx.note(note)
     return State(model=model, model_hash=_hash(model), given=given, given_hash=_hash(given) if given else ""), ctx
@@ -187,9 +189,7 @@ def _engine(config: CompileConfig, target: Target) -> tuple[Backend, Capabilitie
 
 
 def _admitted(ctx: Context) -> list[str]:
-    """Notes on what the options leave to choose from, and on one that changes nothing."""
-    if ctx.config.pin and not ctx.cores:
-        ctx.note("--pin: nothing is timed here, so that no thread was pinned")
+    """Notes on what the options leave to choose from."""
     if ctx.data is None:
         rounds = "; the student computes in BF16, which rounds what the teacher computes in FP32"
         return [

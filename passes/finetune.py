@@ -69,5 +69,4 @@ def closing_s(state: State, ctx: Context) -> float:
     others = 1 + (ctx.base == "bf16") + (state.given is not None)  # the teacher in INT8, in BF16, as it came
     images = len(ctx.data.val) / ctx.config.batch * ((1 + others) * teacher_s + student_s)
     pairs = 2 + others + len(ctx.rivals)
-    timing = 0.0 if ctx.from_table else pairs * max(_PAIR_S, _PAIR_RUNS * teacher_s)
-    return _START_S + ranges + _RESTLESS * images + timing
+    return _START_S + ranges + _RESTLESS * images + pairs * max(_PAIR_S, _PAIR_RUNS * teacher_s)

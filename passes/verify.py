@@ -31,6 +31,7 @@ _VERSION = 9
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
 _TURNS = 3  # of timing the teacher with this engine and with another
 _BF16 = " bf16"
+_FILES, _CLOCK = "measuring teacher, student and INT8 baseline", "measuring the machine's pace"
 _BASELINES = ("baseline_int8", "baseline_bf16", "baseline_given")
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
 
@@ -139,13 +140,13 @@ class Verify:
         return (model, None) if ok else (None, why)
 
     @staticmethod
-    def _time(networks: Sequence[ModelProto], ctx: Context) -> list[Timing]:
+    def _time(networks: Sequence[ModelProto], ctx: Context, what: str = _FILES) -> list[Timing]:
         """Each network in a pair with the first, so that none pushes the others out of the caches; on the clock of
         the first pair."""
         spec = BuildSpec(ctx.threads, ctx.config.batch)
         artefacts = [ctx.backend.build(m, spec) for m in networks]
         protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0)
-        with ctx.reporter.bar("measuring teacher, student and INT8 baseline", 1.0):
+        with ctx.reporter.bar(what, 1.0):
             pairs = [ctx.backend.measure([artefacts[0], a], protocol) for a in artefacts[1:]]
         first = pairs[0][0]
         timings = [first]
@@ -171,11 +172,12 @@ class Verify:
         if ctx.from_table:
             return state.costs.pace
         protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0)
-        by_reference = state.costs.rows and ctx.config.lut is None and ctx.data is not None
+        by_reference = bool(state.costs.rows) and ctx.config.lut is None and ctx.data is not None
         meter = Meter(ctx) if by_reference else None
         if meter is not None and meter.steady:
-            return timings[1].median_ms / meter.file(state.emitted, protocol).median_ms
-        again, clock = Verify._time(teachers, ctx)
+            with ctx.reporter.bar(_CLOCK, 1.0):
+                return timings[1].median_ms / meter.file(state.emitted, protocol).median_ms
+        again, clock = Verify._time(teachers, ctx, _CLOCK)
         return clock.median_ms * timings[0].median_ms / again.median_ms / state.costs.teacher_ms
 
     @staticmethod

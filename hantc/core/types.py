@@ -221,7 +221,8 @@ class CostTable:
     teacher_ms: float
     glue_ms: float
     transitions: tuple[tuple[Shape, float], ...] = ()
-    scale: float = 1.0  # the teacher's latency over that of its parts and its glue, timed apart
+    # the teacher's latency over that of its parts and its glue, timed apart; without what its weights take (`balance`)
+    scale: float = 1.0
     skipped: tuple[tuple[str, str, str, str], ...] = ()  # region, candidate, precision, reason
     correction: Correction = Correction()
     pace: float = 1.0  # milliseconds of the clock on the wall, when the teacher was timed, in one of the table's
