@@ -25,12 +25,13 @@ from hantc.dialect.rewrites.normalize import normalize
 from hantc.ops.derived import structure
 from hantc.ops.registry import DERIVED, Origin, build
 from hantc.passes.ceilings import Ceilings, ceilings_of
-from hantc.passes.glue import balance, measure_glue
+from hantc.passes.fetching import balance, measure_beginnings
+from hantc.passes.glue import measure_glue
 from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
-_VERSION = 3  # of what a table is made of beyond its rows: those made otherwise are not taken up again
+_VERSION = 4  # of what a table is made of beyond its rows: those made otherwise are not taken up again
 _SLACK = 0.8  # the peak may have been measured in a slower minute than the one that rows are scaled to
 
 
@@ -59,8 +60,9 @@ class Cost:
         if meter.restless:
             ctx.reporter.warn(meter.restless)
         paces = [round(p, 3) for p in meter.pace]
-        facts = {"measured": meter.measured, "teacher_ms": table.teacher_ms, "glue_ms": table.glue_ms}
-        ctx.reporter.event("cost", rows=len(table.rows), **facts, scale=table.scale, pace=paces)
+        facts: dict[str, Any] = {"measured": meter.measured, "teacher_ms": table.teacher_ms, "glue_ms": table.glue_ms}
+        facts |= {"scale": table.scale, "fetching": asdict(table.fetching)}
+        ctx.reporter.event("cost", rows=len(table.rows), **facts, pace=paces)
         return replace(state, costs=table)
 
     def _measure(self, state: State, ctx: Context, meter: Meter, model: ModelProto) -> CostTable:
@@ -92,9 +94,20 @@ class Cost:
         shapes = sorted({r.out_shape for r in regions.values()} | {r.in_shape for r in regions.values()})
         mixed = len(ctx.precisions) > 1
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
-        apart = measure_glue(meter, state, rows) if rows else None
-        glue, scale = balance(state.match.regions, rows, teacher_ms, apart)
-        return CostTable(tuple(rows), teacher_ms, glue, transitions, scale, tuple(skipped), pace=pace, fp32_ms=fp32_ms)
+        glue = measure_glue(meter, state, rows) if rows else None
+        beginnings = measure_beginnings(meter, state, rows, glue, teacher_ms)
+        found = balance(state.match.regions, rows, teacher_ms, glue.ms if glue else None, beginnings)
+        return CostTable(
+            tuple(rows),
+            teacher_ms,
+            found.glue_ms,
+            transitions,
+            found.scale,
+            tuple(skipped),
+            pace=pace,
+            fp32_ms=fp32_ms,
+            fetching=found.fetching,
+        )
 
     @staticmethod
     def _read(state: State, ctx: Context, path: Path) -> State:

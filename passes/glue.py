@@ -7,8 +7,8 @@ classifier's head, and would burden the fastest students most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from hantc.core.errors import HantcError
 from hantc.core.types import CostRow, CostTable, MatchResult, Region, digest, untouched
@@ -22,10 +22,6 @@ from hantc.passes.state import State
 UNUSABLE_MS = 1e8  # and more stands for what could not be timed
 _BATCH = 2  # so that a dim that follows the batch shows
 _NAME = "glue"
-_LEAST = 0.02  # of the teacher: what the rest costs where parts alone seem to take longer
-_COLDER = 1.08  # of whole to parts: students of three networks took 3 to 8 % longer than their parts alone
-_SLOWEST = 0.25  # ms a megabyte: 4 GB/s, less than memory gives; where it takes longer there is another reason
-_RATIO = (0.75, 1.33)  # of whole to parts: further apart, something else is wrong than the caches
 
 
 def inner_glue(match: MatchResult, rows: Sequence[CostRow]) -> dict[str, float]:
@@ -67,16 +63,32 @@ def _wholes(match: MatchResult) -> list[Region]:
     return [r for r in joined if len(r.nodes) > sum(len(blocks[a].nodes) for a in r.atoms)]
 
 
-def measure_glue(meter: Meter, state: State, rows: Sequence[CostRow]) -> float | None:
-    """Milliseconds of all gaps and of starting a run; None where regions are not one row, each fed by the one before
-    it. `rows`: the table's so far."""
+@dataclass(frozen=True)
+class Glue:
+    """What lies outside the regions, ms: starting a run, the gap before each region of the line, by name, the one
+    behind the last, and what lies inside wholes."""
+
+    start_ms: float
+    before_ms: Mapping[str, float]
+    last_ms: float
+    inner_ms: float
+
+    @property
+    def ms(self) -> float:
+        """All of it."""
+        return self.start_ms + sum(self.before_ms.values()) + self.last_ms + self.inner_ms
+
+
+def measure_glue(meter: Meter, state: State, rows: Sequence[CostRow]) -> Glue | None:
+    """All gaps, timed; None where regions are not one row, each fed by the one before it. `rows`: the table's so
+    far."""
     assert state.network is not None and state.match is not None
     network, info = state.network, state.network.meta["info"]
     if len(info.inputs) != 1 or len(info.outputs) != 1:
         return None
     shapes = shapes_of(network, example_inputs(info, _BATCH))
-    work = []
-    for entry, exit_ in _gaps(state, state.match):
+    work, places = [], []
+    for place, entry, exit_ in _gaps(state, state.match):
         a, b = shapes.get(entry, ()), shapes.get(exit_, ())
         if not (a and b) or a[0] != b[0]:
             return None
@@ -87,57 +99,39 @@ def measure_glue(meter: Meter, state: State, rows: Sequence[CostRow]) -> float |
         key = meter.key(glue=digest(model.SerializeToString().hex()))
         blank = replace(rows[0], region=_NAME, candidate=f"{entry}:{exit_}", precision=meter.ctx.base)
         work.append(Work(key, blank, model, a[1:] == b[1:], a[1:], b[1:]))
+        places.append(place)
     first = shapes[next(n.name for n in network.graph.nodes if n.op == "placeholder")]
     start = meter.network(handed_through(first[1:]))[0].median_ms
     gaps = meter.rows(work)
     if any(not g.samples and meter.ctx.capabilities.measures for g in gaps):
         return None  # the engine does not take one of them alone
-    return start + sum(g.latency_ms for g in gaps) + sum(inner_glue(state.match, rows).values())
+    before = dict.fromkeys((r.name for r in line_of(state.match)), 0.0)
+    found = {p: g.latency_ms for p, g in zip(places, gaps, strict=True)}
+    last = found.pop("", 0.0)
+    return Glue(start, before | found, last, sum(inner_glue(state.match, rows).values()))
 
 
-def _gaps(state: State, match: MatchResult) -> list[tuple[str, str]]:
+def line_of(match: MatchResult) -> list[Region]:
+    """The regions one behind another that make up the network: blocks, or what holds them and more."""
+    holder = {a: r for r in _wholes(match) for a in r.atoms}
+    line = [holder.get(r.atoms[0], r) for r in match.regions if len(r.atoms) == 1]
+    return list({r.name: r for r in line}.values())
+
+
+def _gaps(state: State, match: MatchResult) -> list[tuple[str, str, str]]:
+    """The region behind each gap ("" behind the last), and the nodes at its ends."""
     assert state.network is not None
     nodes = list(state.network.graph.nodes)
     at = next(n.name for n in nodes if n.op == "placeholder")
     gaps = []
-    holder = {a: r for r in _wholes(match) for a in r.atoms}
-    line = [holder.get(r.atoms[0], r) for r in match.regions if len(r.atoms) == 1]
-    for region in {r.name: r for r in line}.values():
-        gaps.append((at, region.input))
+    for region in line_of(match):
+        gaps.append((region.name, at, region.input))
         at = region.output
-    gaps.append((at, nodes[-1].all_input_nodes[0].name))
-    return [(a, b) for a, b in gaps if a != b]
+    gaps.append(("", at, nodes[-1].all_input_nodes[0].name))
+    return [(name, a, b) for name, a, b in gaps if a != b]
 
 
 def teachers_rows(regions: Sequence[Region], rows: Sequence[CostRow]) -> list[CostRow]:
     """The rows of single regions as the teacher has them: its parts."""
     atoms = {r.name for r in regions if len(r.atoms) == 1}
     return [r for r in rows if r.region in atoms and untouched(r.candidate, r.precision)]
-
-
-def balance(
-    regions: Sequence[Region], rows: Sequence[CostRow], teacher_ms: float, glue_ms: float | None
-) -> tuple[float, float]:
-    """What lies outside every region, in the network, and the factor from stand-alone to in-network latency: together
-    they make the teacher's parts the teacher.
-
-    But for what a large teacher takes far beyond them because its weights do not stay in the caches, where each part
-    alone finds its own: that is its own misfortune, for students have fewer. (EfficientNet-B0 at 64×64 has 16 MB of
-    them; on a host whose caches others used too it took 0.4 to 0.9 ms beyond its parts' 1.2, students with 12 MB or
-    less 3 to 5 % of theirs in the mean.)
-    """
-    own = teachers_rows(regions, rows)
-    total, mb = sum(r.latency_ms for r in own), sum(r.weight_mb for r in own)
-    floor = _LEAST * teacher_ms
-    if total <= 0:
-        return teacher_ms, 1.0
-    if glue_ms is not None:
-        scale = teacher_ms / (total + glue_ms)
-        if scale > _COLDER and not any(r.predicted for r in own):
-            fetching = min(teacher_ms - _COLDER * (total + glue_ms), _SLOWEST * mb)
-            scale = (teacher_ms - fetching) / (total + glue_ms)
-        if _RATIO[0] <= scale <= _RATIO[1]:
-            return scale * glue_ms, scale
-    if teacher_ms - total >= floor:
-        return teacher_ms - total, 1.0
-    return floor, (teacher_ms - floor) / total

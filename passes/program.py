@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
 from hantc.passes.glue import UNUSABLE_MS, glue_shares
@@ -33,10 +33,17 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
         ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
         ms += shares[row.region] * correction.glue
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
-        items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses))
+        items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses, cost.weight_mb))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
+    fetching = state.costs.fetching
     problem = Problem(
-        match.n_atoms, tuple(items), outside * correction.glue, budget_ms, _borders(match, state.costs), limits
+        match.n_atoms,
+        tuple(items),
+        outside * correction.glue,
+        budget_ms,
+        _borders(match, state.costs),
+        limits,
+        replace(fetching, ms_per_mb=fetching.ms_per_mb * correction.fetching),
     )
     return clean(problem)[0]
 
@@ -63,11 +70,18 @@ def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, .
     now = asdict(costs.correction)
     shares, outside = glue_shares(match, costs)
     glue = outside + sum(shares[c.region] for c in plan.choices)
-    inside = dict.fromkeys(now, 0.0) | {"glue": glue * now["glue"]}
+    fetching = costs.fetching.ms(weight_mb(costs, plan))
+    inside = dict.fromkeys(now, 0.0) | {"glue": glue * now["glue"], "fetching": fetching * now["fetching"]}
     for c in plan.choices:
         inside[_kind(c.candidate, c.precision)] += c.cost_ms
     inside["borders"] = max(0.0, plan.predicted_latency_ms - sum(inside.values()))
     return tuple(ms / now[kind] for kind, ms in inside.items())
+
+
+def weight_mb(costs: CostTable, plan: Plan) -> float:
+    """Megabytes of a plan's regions' weights."""
+    rows = costs.by_key()
+    return sum(rows[c.region, c.candidate, c.precision].weight_mb for c in plan.choices)
 
 
 def _borders(match: MatchResult, costs: CostTable) -> tuple[Border, ...]:

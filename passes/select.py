@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from hantc.core.errors import BudgetError
-from hantc.core.types import Choice, Correction, Plan, digest
+from hantc.core.types import Choice, Correction, Fetching, Plan, digest
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.fakequant import observing
 from hantc.ops.registry import is_exact
@@ -37,7 +37,7 @@ _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
-_VERSION = 17
+_VERSION = 18
 _CLEARLY = 0.95  # of the teacher's time: less than this is a gain, and no chance
 
 _Known = dict[tuple[int, ...], Evaluated]  # by the solution's items
@@ -72,7 +72,7 @@ class Select:
             evaluated += self._explore(state, ctx, budget, bounds)
         best = self._best(evaluated, budget, ctx)
         assert state.costs is not None
-        correction = asdict(state.costs.correction)
+        correction, fetching = asdict(state.costs.correction), asdict(state.costs.fetching)
         solver = {
             "k": len(evaluated),
             "seconds": time.monotonic() - started,
@@ -86,6 +86,7 @@ class Select:
             {
                 "plan": asdict(plan),
                 "correction": correction,
+                "fetching": fetching,
                 "evaluated": [asdict(e) for e in evaluated],
             },
         )
@@ -124,6 +125,7 @@ class Select:
                 "costs": [asdict(r) for r in state.costs.rows],
                 "teacher_ms": [state.costs.teacher_ms, state.costs.reference_ms],
                 "between": [state.costs.glue_ms, state.costs.scale, state.costs.transitions],
+                "fetching": asdict(state.costs.fetching),
                 "scores": [asdict(s) for s in state.scores],
                 "options": [
                     [asdict(b) if b else None for b in (config.budget, *config.caps)],
@@ -139,7 +141,8 @@ class Select:
     def _restore(state: State, stored: Mapping[str, Any]) -> State:
         assert state.costs is not None
         evaluated = tuple(Evaluated(**{**e, "plan": _plan(e["plan"])}) for e in stored["evaluated"])
-        costs = replace(state.costs, correction=Correction(**stored["correction"]))
+        correction, fetching = Correction(**stored["correction"]), Fetching(**stored["fetching"])
+        costs = replace(state.costs, correction=correction, fetching=fetching)
         return replace(state, plan=_plan(stored["plan"]), evaluated=evaluated, costs=costs)
 
     @staticmethod

@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 
 from onnx import ModelProto
 
-from hantc.core.types import Correction, CostTable
+from hantc.core.types import Correction, CostTable, Fetching, Plan
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
 from hantc.passes.glue import teachers_rows
 from hantc.passes.meter import Meter
-from hantc.passes.program import make_plan, parts_of, specs_of
+from hantc.passes.program import make_plan, parts_of, specs_of, weight_mb
 from hantc.passes.state import Context, Evaluated, State
-from hantc.search.correction import fit_factors
+from hantc.search.correction import Fit, fit_factors
 from hantc.search.problem import Problem, Solution
 
 # how far from 1 each kind's factor may be expected: borders depend most on what stands beside them
-_SPREAD = {"own": 0.05, "floats": 0.1, "int8": 0.15, "borders": 0.5, "glue": 0.2}
+_SPREAD = {"own": 0.05, "floats": 0.1, "int8": 0.15, "borders": 0.5, "glue": 0.2, "fetching": 0.5}
 _TOGETHER = 0.05  # the same of all kinds: sessions and hours differ by that
-_NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0)
+_SUSPECT = 1.05  # of the teacher's parts: what it takes more may be for its weights
+_SIZES = 16
+_EVIDENCE = 4.0  # of another size of the caches than the table's, twice the logarithm of the odds
+_NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
-Trial = tuple[tuple[float, ...], float]  # a student's `parts_of`, and what it took, ms
+
+@dataclass(frozen=True)
+class Trial:
+    """A student's `parts_of`, its regions' weights, what it took, and the teacher beside it, ms."""
+
+    parts: tuple[float, ...]
+    weight_mb: float
+    ms: float
+    teacher_ms: float
 
 
 def trials(state: State, found: Sequence[Evaluated]) -> list[Trial]:
     """What students of the state's own table tell of it."""
     assert state.costs is not None and state.match is not None
-    return [(parts_of(state.match, state.costs, e.plan), e.measured_ms) for e in found]
+    match, costs = state.match, state.costs
+    return [Trial(parts_of(match, costs, e.plan), weight_mb(costs, e.plan), e.measured_ms, e.teacher_ms) for e in found]
 
 
 def measure_students(state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]) -> list[Evaluated]:
     """Emit every solution as a real student and time it beside the teacher (or take the table's word)."""
-    assert state.network is not None and state.costs is not None and ctx.data is not None
-    if not solutions:
-        return []
+    assert state.costs is not None
+    plans = [make_plan(state, problem, s) for s in solutions]
     if ctx.from_table:
-        made = [make_plan(state, problem, s) for s in solutions]
-        return [Evaluated(p, p.predicted_latency_ms, state.costs.teacher_ms, None, None) for p in made]
-    meter = Meter(ctx)
-    models: list[ModelProto] = [emit(state.network).model]
-    plans = []
-    for s in solutions:
-        plan = make_plan(state, problem, s)
-        blueprint = Blueprint.of(plan.choices)
-        student = build_student(state, blueprint, specs_of(state))
-        models.append(to_onnx(student, blueprint, ctx, calibration_feeds(student, ctx.data, 16, 16)))
-        plans.append(plan)
+        return [Evaluated(p, p.predicted_latency_ms, state.costs.teacher_ms, None, None) for p in plans]
+    return time_students(state, ctx, plans, [write_student(state, ctx, p) for p in plans])
+
+
+def write_student(state: State, ctx: Context, plan: Plan) -> ModelProto:
+    """A plan's student as it would run, its ranges from a few images."""
+    assert ctx.data is not None
+    blueprint = Blueprint.of(plan.choices)
+    student = build_student(state, blueprint, specs_of(state))
+    return to_onnx(student, blueprint, ctx, calibration_feeds(student, ctx.data, 16, 16))
+
+
+def time_students(state: State, ctx: Context, plans: Sequence[Plan], models: Sequence[ModelProto]) -> list[Evaluated]:
+    """Time each plan's `write_student` beside the teacher."""
+    assert state.network is not None and state.costs is not None
+    if not plans:
+        return []
+    meter, original = Meter(ctx), emit(state.network).model
     protocol = ctx.protocol(warmup=3, samples=25, min_sample_ms=12.0)
     with ctx.reporter.bar(f"timing {len(plans)} students", 1.0) as bar:
         # in pairs: in a round of ten a large teacher finds the caches cold each time, and looks slower than it is
         pairs = []
-        for model in models[1:]:
-            pairs.append(meter.time([models[0], model], protocol))
+        for model in models:
+            pairs.append(meter.time([original, model], protocol))
             bar.advance(1 / len(plans))
     # the meter has them on the table's own clock already, the reference network's; the teacher is one only where there
     # is no such network: its many weights suffer more than students' where others use the caches and the memory too. A
@@ -67,12 +86,30 @@ def measure_students(state: State, ctx: Context, problem: Problem, solutions: Se
 
 
 def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
-    """The table corrected by what whole students took. The teacher itself counts as one of them, that takes what it is
-    priced at: kinds that few students have stay near the table."""
+    """The table corrected by what whole students took. The teacher itself counts as one of them: kinds that few
+    students have stay near the table. What it takes beside them tells what its weights cost just then, which others on
+    the host decide with it; how many of them stay in the caches, the students tell."""
     assert state.costs is not None and state.match is not None
     costs = state.costs
-    own = costs.scale * sum(r.latency_ms for r in teachers_rows(state.match.regions, costs.rows))
-    teacher = astuple(replace(_NOTHING, own=own, glue=costs.glue_ms))
-    parts, measured = [t[0] for t in seen] + [teacher], [t[1] for t in seen] + [sum(teacher)]
-    factors = fit_factors(parts, measured, list(_SPREAD.values()), _TOGETHER)
-    return replace(costs, correction=Correction(**dict(zip(_SPREAD, factors, strict=True))))
+    own = teachers_rows(state.match.regions, costs.rows)
+    inside, mb = costs.scale * sum(r.latency_ms for r in own), sum(r.weight_mb for r in own)
+    priced = inside + costs.glue_ms + costs.fetching.ms(mb)
+    now = statistics.median(t.teacher_ms for t in seen) if seen else priced
+    measured = [t.ms for t in seen] + [now]
+
+    def fitted(fetching: Fetching) -> Fit:
+        teacher = replace(_NOTHING, own=inside, glue=costs.glue_ms, fetching=fetching.ms(mb))
+        parts = [(*t.parts[:-1], fetching.ms(t.weight_mb)) for t in seen]
+        return fit_factors([*parts, astuple(teacher)], measured, list(_SPREAD.values()), _TOGETHER)
+
+    fits = {costs.fetching: fitted(costs.fetching)}
+    if seen and now > _SUSPECT * (inside + costs.glue_ms):
+        fits |= {f: fitted(f) for f in _otherwise(now - inside - costs.glue_ms, mb)}
+    best = min(fits, key=lambda f: (fits[f].misfit + (0.0 if f == costs.fetching else _EVIDENCE), f.free_mb))
+    return replace(costs, fetching=best, correction=Correction(**dict(zip(_SPREAD, fits[best].factors, strict=True))))
+
+
+def _otherwise(ms: float, teacher_mb: float) -> list[Fetching]:
+    """Caches of all sizes that would make the teacher take `ms` for fetching its weights."""
+    held = [k / _SIZES * teacher_mb for k in range(_SIZES)]
+    return [Fetching(mb, ms / (teacher_mb - mb)) for mb in held] if teacher_mb > 0 else []

@@ -209,6 +209,20 @@ class Correction:
     int8: float = 1.0
     borders: float = 1.0  # between INT8 and floats
     glue: float = 1.0  # outside every region
+    fetching: float = 1.0  # weights that the caches do not hold
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """What a network takes, beyond its parts, to fetch weights that the caches do not hold all at once: `ms_per_mb` for
+    each megabyte of its regions' weights above `free_mb`."""
+
+    free_mb: float = 0.0
+    ms_per_mb: float = 0.0
+
+    def ms(self, weight_mb: float) -> float:
+        """Milliseconds for all regions' weights together."""
+        return self.ms_per_mb * max(0.0, weight_mb - self.free_mb)
 
 
 @dataclass(frozen=True)
@@ -221,12 +235,13 @@ class CostTable:
     teacher_ms: float
     glue_ms: float
     transitions: tuple[tuple[Shape, float], ...] = ()
-    # the teacher's latency over that of its parts and its glue, timed apart; without what its weights take (`balance`)
+    # the teacher's latency, without `fetching`, over that of its parts and its glue, timed apart
     scale: float = 1.0
     skipped: tuple[tuple[str, str, str, str], ...] = ()  # region, candidate, precision, reason
     correction: Correction = Correction()
     pace: float = 1.0  # milliseconds of the clock on the wall, when the teacher was timed, in one of the table's
     fp32_ms: float | None = None  # the teacher in FP32, where `teacher_ms` is in BF16
+    fetching: Fetching = Fetching()
 
     @property
     def reference_ms(self) -> float:

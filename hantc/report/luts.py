@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group
@@ -28,6 +29,7 @@ def lut_data(lut: Lut) -> dict[str, Any]:
         "predicted": sum(r.predicted for r in lut.table.rows),
         "teacher_ms": lut.table.teacher_ms,
         "glue_ms": lut.table.glue_ms,
+        "fetching": asdict(lut.table.fetching),
         "regions": [_region(name, rows) for name, rows in regions.items()],
     }
 
@@ -53,6 +55,9 @@ def lut_table(lut: Lut) -> Group:
     for name in ("cpu", "flags", "cores", "versions", "backend", "threads", "batch"):
         head.add_row(name, Text(_plain(data[name])))
     head.add_row("teacher", f"{data['teacher_ms']:.3f} ms, {data['glue_ms']:.3f} ms of it outside all regions")
+    if data["fetching"]["ms_per_mb"]:
+        of = "{ms_per_mb:.3f} ms for each MB of the regions' weights above {free_mb:.1f}"
+        head.add_row("fetching", of.format(**data["fetching"]))
     body = Table("region", "candidates", "rows", "teacher ms", "cheapest", "ms")
     for r in data["regions"]:
         counts = " ".join(f"{n} {p}" for p, n in r["rows"].items())

@@ -10,22 +10,33 @@ that none of them has move with the others alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 _NOISE = 0.04  # of a measured latency
 
 
+@dataclass(frozen=True)
+class Fit:
+    """One factor a kind. `misfit`: how much the networks and the prior together speak against them (twice the negative
+    logarithm of their probability, but for a constant): between tables of other parts, the lower is the likelier."""
+
+    factors: tuple[float, ...]
+    misfit: float
+
+
 def fit_factors(
     parts: Sequence[Sequence[float]], measured: Sequence[float], spread: Sequence[float], together: float = 0.0
-) -> tuple[float, ...]:
-    """One factor a kind. `parts`: for each network the milliseconds of each kind by the table; `measured`: what the
-    networks took, ms; `spread`: how far each kind's factor is expected to be from 1 by itself, `together`: all of them
-    by the same (standard deviations)."""
+) -> Fit:
+    """The factors that whole networks tell of. `parts`: for each network the milliseconds of each kind by the table;
+    `measured`: what the networks took, ms; `spread`: how far each kind's factor is expected to be from 1 by itself,
+    `together`: all of them by the same (standard deviations)."""
     x, y = np.asarray(parts, float).reshape(len(measured), len(spread)), np.asarray(measured, float)
     weight = 1 / (_NOISE * y)
     a, b = x * weight[:, None], (y - x.sum(1)) * weight
     prior = np.linalg.inv(np.diag(np.square(np.asarray(spread, float))) + together**2)
     shift = np.linalg.solve(a.T @ a + prior, a.T @ b)
+    misfit = float(np.sum(np.square(a @ shift - b)) + shift @ prior @ shift)
     # a kind may cost next to nothing, never less than that
-    return tuple(float(f) for f in np.maximum(1 + shift, 0.05))
+    return Fit(tuple(float(f) for f in np.maximum(1 + shift, 0.05)), misfit)

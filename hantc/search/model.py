@@ -122,8 +122,9 @@ def _reduce(task: Task) -> _Reduced:
 
 
 def _undominated(task: Task, score: Mapping[int, float], cost: Mapping[int, float], touched: set[int]) -> list[int]:
-    """Item a beats b if it stands in the same place, looks the same to the borders, is no worse in score, cost and
-    uses, and is in no cut that b is not in: putting a for b then keeps any selection valid and no worse."""
+    """Item a beats b if it stands in the same place, looks the same to the borders, is no worse in score, cost, uses
+    and weights (where those cost anything), and is in no cut that b is not in: putting a for b then keeps any selection
+    valid and no worse."""
     cuts = {i: frozenset(k for k, cut in enumerate(task.cuts) if i in cut) for i in score}
     groups: dict[tuple[frozenset[int], bool], list[int]] = {}
     for i in score:
@@ -131,13 +132,16 @@ def _undominated(task: Task, score: Mapping[int, float], cost: Mapping[int, floa
         groups.setdefault((item.atoms, item.int8 and not touched.isdisjoint(item.atoms)), []).append(i)
     items = task.problem.items
 
+    def weight(i: int) -> float:
+        return items[i].weight_mb if task.problem.fetching.ms_per_mb > 0 else 0.0
+
     def thriftier(j: int, i: int) -> bool:
-        return all(a <= b for a, b in zip(items[j].uses, items[i].uses, strict=True))
+        return weight(j) <= weight(i) and all(a <= b for a, b in zip(items[j].uses, items[i].uses, strict=True))
 
     kept: list[int] = []
     for members in groups.values():
         best: list[int] = []
-        for i in sorted(members, key=lambda i: (score[i], cost[i], len(cuts[i]), i)):
+        for i in sorted(members, key=lambda i: (score[i], cost[i], weight(i), len(cuts[i]), i)):
             if not any(cost[j] <= cost[i] and cuts[j] <= cuts[i] and thriftier(j, i) for j in best):
                 best.append(i)
         kept += best
@@ -166,14 +170,16 @@ def _state(task: Task, reduced: _Reduced) -> tuple[pulp.LpProblem, dict[int, pul
     problem = task.problem
     lp = pulp.LpProblem("select", pulp.LpMinimize)
     z = {i: _variable(lp, f"z{i:07d}", pulp.LpBinary) for i in reduced.score}
-    crossing = _crossings(lp, problem, reduced)
+    crossing, fetched = _crossings(lp, problem, reduced), _fetched(lp, problem, z)
     cost_unit, cost_scale = _unit(
-        [*reduced.cost.values(), *(b.cost for _, b in crossing)], task.max_cost - problem.fixed_cost
+        [*reduced.cost.values(), *(b.cost for _, b in crossing), *(ms for _, ms in fetched)],
+        task.max_cost - problem.fixed_cost,
     )
     score_unit, score_scale = _unit(reduced.score.values(), task.max_score)
 
     def cost_sum(unit: float) -> pulp.LpAffineExpression:
         terms = [(z[i], _clip(c / unit)) for i, c in reduced.cost.items()]
+        terms += [(t, _clip(ms / unit)) for t, ms in fetched]
         return pulp.LpAffineExpression(terms + [(t, _clip(b.cost / unit)) for t, b in crossing])
 
     def score_sum(unit: float) -> pulp.LpAffineExpression:
@@ -221,6 +227,24 @@ def _crossings(lp: pulp.LpProblem, problem: Problem, reduced: _Reduced) -> list[
     if not any(problem.items[i].int8 for i in reduced.score):
         return []
     return [(_variable(lp, f"t{k:05d}", pulp.LpContinuous), b) for k, b in enumerate(reduced.borders)]
+
+
+def _fetched(
+    lp: pulp.LpProblem, problem: Problem, z: Mapping[int, pulp.LpVariable]
+) -> list[tuple[pulp.LpVariable, float]]:
+    """A variable for the weights above what the caches hold, 1 where they are as many as can be, and what that many
+    cost, ms; none where they never cost anything. Fetching is convex in the weights: nothing to branch on."""
+    weights = {i: problem.items[i].weight_mb for i in z}
+    heaviest = [0.0] * problem.n_atoms
+    for i, mb in weights.items():
+        for atom in problem.items[i].atoms:
+            heaviest[atom] = max(heaviest[atom], mb / len(problem.items[i].atoms))
+    free, most = problem.fetching.free_mb, sum(heaviest) - problem.fetching.free_mb
+    if most <= 0 or problem.fetching.ms_per_mb <= 0:
+        return []
+    above = _variable(lp, "fetched", pulp.LpContinuous)
+    lp += above >= pulp.LpAffineExpression([(z[i], mb / most) for i, mb in weights.items()]) - free / most, "fetching"
+    return [(above, most * problem.fetching.ms_per_mb)]
 
 
 def _side(

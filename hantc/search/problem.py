@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hantc.core.errors import BudgetError, HantcError, UsageError
+from hantc.core.types import Fetching
 
 # Budgets and bounds hold to this share of themselves: the solvers work in floating point.
 TOLERANCE = 1e-6
@@ -24,6 +25,7 @@ class Item:
     cost: float
     atoms: frozenset[int]
     uses: tuple[float, ...] = ()  # of each of the problem's limits
+    weight_mb: float = 0.0
 
     @property
     def int8(self) -> bool:
@@ -56,7 +58,8 @@ class Limit:
 @dataclass(frozen=True)
 class Problem:
     """Pick items that cover each of the atoms 0…n_atoms-1 exactly once, with the least sum of scores, so that
-    `fixed_cost` + costs + borders <= `budget` (ms; `math.inf` for none), and every one of `limits` holds."""
+    `fixed_cost` + costs + borders + `fetching` of all items' weights <= `budget` (ms; `math.inf` for none), and every
+    one of `limits` holds."""
 
     n_atoms: int
     items: tuple[Item, ...]
@@ -64,12 +67,13 @@ class Problem:
     budget: float
     borders: tuple[Border, ...] = ()
     limits: tuple[Limit, ...] = ()
+    fetching: Fetching = field(default_factory=Fetching)
 
 
 @dataclass(frozen=True)
 class Solution:
     """A selection. `items` are indices into `problem.items`, in the order of their first atom; `cost` (ms)
-    includes the fixed cost and the borders.
+    includes the fixed cost, the borders and the fetching.
 
     `optimal`: proved to be within the asked gap of the best; `gap`: what is proved, relative to the objective
     (inf: nothing is)."""
@@ -118,6 +122,8 @@ def _item_flaw(item: Item, problem: Problem) -> str:
         return f"score is {item.score}"
     if not math.isfinite(item.cost):
         return f"cost is {item.cost}"
+    if not (math.isfinite(item.weight_mb) and item.weight_mb >= 0):
+        return f"weighs {item.weight_mb} MB"
     if not item.atoms:
         return "covers no atom"
     if len(item.uses) != len(problem.limits) or not all(math.isfinite(u) and u >= 0 for u in item.uses):
@@ -162,6 +168,8 @@ def validate(problem: Problem) -> Usable:
             where="search",
             hint="measure again: the teacher's latency or its glue cost is not finite",
         )
+    if not all(math.isfinite(x) and x >= 0 for x in (problem.fetching.free_mb, problem.fetching.ms_per_mb)):
+        raise HantcError(f"weights cannot cost {problem.fetching}", where="search", hint="measure again")
     use = usable(problem)
     covered = {a for i in use.items for a in problem.items[i].atoms}
     missing = [a for a in range(problem.n_atoms) if a not in covered]
@@ -176,7 +184,7 @@ def validate(problem: Problem) -> Usable:
 
 
 def evaluate(problem: Problem, picked: Iterable[int]) -> tuple[float, float]:
-    """(score, cost) of a selection: cost in ms with the fixed cost and borders. HantcError unless `picked`
+    """(score, cost) of a selection: cost in ms with the fixed cost, borders and fetching. HantcError unless `picked`
     covers every atom exactly once."""
     owner: dict[int, int] = {}
     chosen = sorted(set(picked))
@@ -196,8 +204,9 @@ def evaluate(problem: Problem, picked: Iterable[int]) -> tuple[float, float]:
     borders = (
         b for b in problem.borders if not _border_flaw(b, problem.n_atoms) and is_int8(b.left) != is_int8(b.right)
     )
-    cost = math.fsum([problem.fixed_cost, *(problem.items[i].cost for i in chosen), *(b.cost for b in borders)])
-    return score, cost
+    fetching = problem.fetching.ms(math.fsum(problem.items[i].weight_mb for i in chosen))
+    items = (problem.items[i].cost for i in chosen)
+    return score, math.fsum([problem.fixed_cost, *items, *(b.cost for b in borders), fetching])
 
 
 def make_solution(problem: Problem, picked: Iterable[int], *, optimal: bool, gap: float) -> Solution:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hantc.core.types import Correction, CostRow, CostTable, MatchResult
-from hantc.passes.glue import balance, glue_shares, inner_glue, measure_glue, teachers_rows
+from hantc.passes.glue import glue_shares, inner_glue, line_of, measure_glue
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_problem
 from tests.passes.conftest import CLASSES
@@ -27,57 +27,12 @@ def any_row(state: State) -> CostRow:
     return state.costs.rows[0]
 
 
-def test_whole_and_parts_differ_by_a_factor() -> None:
-    glue, scale = balance(chain(), ROWS, teacher_ms=7.0, glue_ms=0.5)
-    assert scale == pytest.approx(7.0 / 6.5)
-    assert 6 * scale + glue == pytest.approx(7.0)
-
-
-def test_what_a_teacher_takes_for_its_weights_is_its_own() -> None:
-    """Sixteen megabytes of them, which do not stay in the caches together. Students have fewer, and their parts take
-    what parts of small networks do."""
-    rows = [replace(r, params=2_000_000 if r.region in ("r00", "r01") else 0) for r in ROWS]
-    parts = 6.0 + 0.5
-    assert sum(r.weight_mb for r in teachers_rows(chain(), rows)) == pytest.approx(16.0)
-    found = balance(chain(), rows, teacher_ms=parts + 3.0, glue_ms=0.5)
-    assert found == pytest.approx((0.54, 1.08))
-    little = balance(chain(), rows, teacher_ms=1.04 * parts, glue_ms=0.5)
-    assert little == pytest.approx((0.5 * 1.04, 1.04)), "no more than small networks do"
-    faster = balance(chain(), rows, teacher_ms=0.9 * parts, glue_ms=0.5)
-    assert faster == pytest.approx((0.5 * 0.9, 0.9))
-    slow = balance(chain(), rows, teacher_ms=1.08 * parts + 4.0 + 0.65, glue_ms=0.5)
-    assert slow == pytest.approx((0.59, 1.18)), "memory is not as slow as that: the rest is everybody's"
-    said = [replace(r, predicted=True) for r in rows]
-    assert balance(chain(), said, parts + 1.0, 0.5)[1] == pytest.approx(7.5 / 6.5), "predictions count bytes"
-
-
-def test_weights_take_less_in_int8() -> None:
-    row = replace(ROWS[0], params=1_000_000)
-    sizes = [replace(row, precision=p).weight_mb for p in ("fp32", "fp16", "bf16", "int8")]
-    assert sizes == [4.0, 2.0, 2.0, 1.0]
-
-
-def test_without_a_glue_of_its_own_it_is_what_is_left() -> None:
-    assert balance(chain(), ROWS, teacher_ms=7.0, glue_ms=None) == pytest.approx((1.0, 1.0))
-    glue, scale = balance(chain(), ROWS, teacher_ms=5.0, glue_ms=None)
-    assert glue == pytest.approx(0.1) and 6 * scale + glue == pytest.approx(5.0)
-
-
-@pytest.mark.parametrize("teacher_ms", [3.0, 20.0])
-def test_a_whole_far_from_its_parts_is_not_scaled_to_them(teacher_ms: float) -> None:
-    found = balance(chain(), ROWS, teacher_ms, glue_ms=0.5)
-    assert found == balance(chain(), ROWS, teacher_ms, glue_ms=None)
-
-
-def test_a_network_without_regions_is_all_glue() -> None:
-    assert balance((), [], 4.0, None) == (4.0, 1.0)
-
-
 def test_the_toys_glue_is_its_head(lab: Lab) -> None:
     """Pool, flatten and a 32 → 4 product, on a machine that counts products: two operations each."""
     found = measure_glue(Meter(lab.fresh()), lab.costed, [any_row(lab.costed)])
     assert found is not None
-    assert 2 * 32 * CLASSES / 1e6 <= found <= 2 * 32 * CLASSES / 1e6 + 0.01
+    assert 2 * 32 * CLASSES / 1e6 <= found.ms <= 2 * 32 * CLASSES / 1e6 + 0.01
+    assert found.ms == pytest.approx(found.start_ms + found.last_ms) and not any(found.before_ms.values())
 
 
 def test_it_is_measured_once(lab: Lab) -> None:
@@ -96,7 +51,9 @@ def test_a_gap_between_regions_is_glue_too(lab: Lab) -> None:
     meter = Meter(lab.fresh())
     whole, more = (measure_glue(meter, replace(lab.costed, match=m), [any_row(lab.costed)]) for m in (match, fewer))
     assert whole is not None and more is not None
-    assert more - whole == pytest.approx(2 * match.region("r02").macs / 1e6, rel=0.1)
+    assert more.ms - whole.ms == pytest.approx(2 * match.region("r02").macs / 1e6, rel=0.1)
+    gap = {name: ms for name, ms in more.before_ms.items() if ms}
+    assert list(gap) == ["r03"] and gap["r03"] == pytest.approx(more.ms - whole.ms, rel=0.1)
 
 
 def test_regions_that_are_not_one_row_have_none(lab: Lab) -> None:
@@ -119,6 +76,7 @@ def test_what_lies_inside_counts_once_and_blocks_bear_it() -> None:
     """The inner whole takes 3 ms beyond its blocks' 4, the outer one 1.5 beyond 6 and those 3."""
     match, rows = nested(), [*ROWS[:3], cost("w2", "teacher", "fp32", 7.0), cost("w3", "teacher", "fp32", 10.5)]
     assert inner_glue(match, rows) == pytest.approx({"w2": 3.0, "w3": 1.5})
+    assert [r.name for r in line_of(match)] == ["w3"]
     wanted = {"r00": 1.5 + 0.5, "r01": 1.5 + 0.5, "r02": 0.5, "w2": 1.0, "w3": 0.0}
     shares, outside = glue_shares(match, CostTable(tuple(rows), teacher_ms=11.0, glue_ms=5.0))
     assert shares == pytest.approx(wanted) and outside == pytest.approx(0.5)

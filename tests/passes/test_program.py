@@ -8,11 +8,21 @@ from dataclasses import replace
 import pytest
 from onnx import ModelProto
 
-from hantc.core.types import CostRow, CostTable, MatchResult, Region, ScoreRow, Shape, untouched
+from hantc.core.types import (
+    Correction,
+    CostRow,
+    CostTable,
+    Fetching,
+    MatchResult,
+    Region,
+    ScoreRow,
+    Shape,
+    untouched,
+)
 from hantc.passes.program import make_plan, make_problem
 from hantc.passes.state import State
 from hantc.search.ilp import solve
-from hantc.search.problem import Border, Item
+from hantc.search.problem import Border, Item, evaluate
 
 SHAPES: tuple[Shape, ...] = ((3, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4))
 BORDERS = {(3, 8, 8): 0.1, (8, 8, 8): 0.2, (8, 4, 4): 0.4, (16, 4, 4): 0.8}
@@ -125,6 +135,23 @@ def test_what_the_teacher_gains_by_its_own_structure_says_nothing_of_others() ->
         own = untouched(item.candidate, item.precision)
         assert slower.items[i].cost == pytest.approx(1.5 * item.cost)
         assert quicker.items[i].cost == pytest.approx((0.5 if own else 1.0) * item.cost)
+
+
+def test_weights_beyond_what_the_caches_hold_cost_together() -> None:
+    """Each of three regions has 8 MB in FP32, 2 in INT8; 10 stay in the caches."""
+    state = state_of(chain())
+    assert state.costs is not None
+    rows = tuple(replace(r, params=2_000_000 * (2 if "_" in r.region else 1)) for r in state.costs.rows)
+    costs = replace(state.costs, rows=rows, fetching=Fetching(10.0, 0.05), correction=Correction(fetching=2.0))
+    problem = make_problem(replace(state, costs=costs), 9.0)
+    at = {str(item): i for i, item in enumerate(problem.items)}
+    own = [at[f"r0{k}/teacher/fp32"] for k in range(3)]
+    assert evaluate(problem, own)[1] == pytest.approx(6.5 + 2.0 * 0.05 * (24 - 10))
+    span = [at["r00_r01/teacher/fp32"], own[2]]
+    assert evaluate(problem, span)[1] == pytest.approx(6.5 + 2.0 * 0.05 * (24 - 10))
+    lighter = [at["r00/teacher/int8"], at["r01/teacher/int8"], own[2]]
+    assert evaluate(problem, lighter)[1] == pytest.approx(0.5 + 4.0 + 0.05 + 0.2 + 2.0 * 0.05 * (12 - 10))
+    assert solve(replace(problem, budget=6.6)).score > 0, "the teacher fits only without its weights"
 
 
 def test_borders_stand_between_neighbours_and_at_both_ends() -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hantc.core.backend_api import Artefact
-from hantc.core.types import Correction, Plan, Protocol, Timing
-from hantc.passes.program import make_plan, make_problem, parts_of
+from hantc.core.types import Correction, Fetching, Plan, Protocol, Timing, untouched
+from hantc.passes.program import make_plan, make_problem, parts_of, weight_mb
 from hantc.passes.state import Evaluated, State
 from hantc.passes.trials import corrected, measure_students, trials
 from hantc.search.ilp import solve_diverse
@@ -37,15 +37,63 @@ def wide(scale: float = 1.0) -> State:
 def test_a_plans_parts_add_up_to_its_latency() -> None:
     state = wide(scale=0.9)
     assert state.costs is not None and state.match is not None
-    for correction in (Correction(), Correction(own=1.1, floats=0.9, int8=1.3, borders=2.0, glue=0.8)):
-        costs = replace(state.costs, correction=correction)
+    rows = tuple(replace(r, params=250_000) for r in state.costs.rows)  # a megabyte each, a quarter in INT8
+    heavy = replace(state.costs, rows=rows, fetching=Fetching(1.0, 0.2))
+    weights = {(r.region, r.candidate, r.precision): r.weight_mb for r in rows}
+    for correction in (Correction(), Correction(1.1, 0.9, 1.3, 2.0, 0.8, 1.5)):
+        costs = replace(heavy, correction=correction)
+        fetched = set()
         for plan in plans(replace(state, costs=costs)):
-            own, floats, int8, borders, glue = parts_of(state.match, costs, plan)
-            factors = correction
-            total = own * factors.own + floats * factors.floats + int8 * factors.int8
-            total += borders * factors.borders + glue * factors.glue
+            parts = parts_of(state.match, costs, plan)
+            total = math.fsum(ms * factor for ms, factor in zip(parts, astuple(correction), strict=True))
             assert total == pytest.approx(plan.predicted_latency_ms)
+            *_, glue, fetching = parts
             assert glue == pytest.approx(0.5)
+            mb = sum(weights[c.region, c.candidate, c.precision] for c in plan.choices)
+            assert fetching == pytest.approx(0.2 * max(0.0, mb - 1.0))
+            fetched.add(round(fetching, 6))
+        assert len(fetched) > 1, "plans differ in it"
+
+
+def test_what_others_do_to_the_caches_is_told_by_the_teacher_beside_the_students() -> None:
+    """Since the table was measured, fetching weights has come to take twice as long: the teacher, the heaviest, says
+    so, and plans of few weights are not moved."""
+    state = wide()
+    assert state.costs is not None
+    own = [untouched(r.candidate, r.precision) for r in state.costs.rows]
+    rows = tuple(replace(r, params=2_000_000 * mine) for r, mine in zip(state.costs.rows, own, strict=True))
+    costs = replace(state.costs, rows=rows, fetching=Fetching(4.0, 0.1), teacher_ms=6.5 + 2.0)
+    state = replace(state, costs=costs)
+    problem = make_problem(state, math.inf)
+    cheap = solve_diverse(replace(problem, budget=4.6), 4)
+    light = [p for p in (make_plan(state, problem, s) for s in cheap) if weight_mb(costs, p) <= 4.0]
+    found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 4.0, None, None) for p in light]
+    assert found
+    correction = corrected(state, trials(state, found)).correction
+    assert correction.fetching > 1.5
+    assert (correction.floats, correction.int8) == pytest.approx((1.0, 1.0), abs=0.03)
+
+
+def test_how_much_the_caches_hold_is_told_by_the_students() -> None:
+    """By the table all weights above 2 MB are fetched; heavy students show that 12 stay, light ones that it is not the
+    factor alone."""
+    state = wide()
+    assert state.costs is not None
+    rows = tuple(replace(r, params=4_000_000 if r.candidate == "teacher" else 100_000) for r in state.costs.rows)
+    teacher_mb = 3 * 16.0
+    wrong, right = Fetching(2.0, 4.0 / (teacher_mb - 2.0)), Fetching(30.0, 4.0 / (teacher_mb - 30.0))
+    state = replace(state, costs=replace(state.costs, rows=rows, fetching=wrong, teacher_ms=10.5))
+    assert state.costs is not None
+    real = replace(state, costs=replace(state.costs, fetching=right))
+    problem, true_problem = make_problem(state, math.inf), make_problem(real, math.inf)
+    found = []
+    for budget in (4.0, 5.0, 6.0, 7.0, 8.0, 9.0):
+        solution = solve_diverse(replace(true_problem, budget=budget), 1)[0]
+        ms = solution.cost
+        found.append(Evaluated(make_plan(state, problem, solution), ms, 10.5, None, None))
+    costs = corrected(state, trials(state, found))
+    assert 24.0 <= costs.fetching.free_mb <= 36.0, costs.fetching
+    assert corrected(real, trials(real, found)).fetching == right, "no other where there is no need"
 
 
 def test_kinds_that_cost_more_in_networks_are_found() -> None:

@@ -1,4 +1,4 @@
-"""Random small problems against trying everything: spans, borders, both precisions, negative scores."""
+"""Random small problems against trying everything: spans, borders, both precisions, weights, negative scores."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hantc.core.errors import BudgetError
+from hantc.core.types import Fetching
 from hantc.search.baselines import greedy, random_selection
 from hantc.search.ilp import cheapest, solve, solve_diverse
 from hantc.search.model import Engine, undominated
@@ -32,23 +33,26 @@ few = settings(max_examples=40, deadline=None, derandomize=True, suppress_health
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Up to four atoms, singles, spans and borders; figures on a grid of 1/8, so that no budget is met or
-    missed by a rounding error only."""
+    """Up to four atoms, singles, spans, borders and weights (in half of them for nothing); figures on a grid of 1/8, so
+    that no budget is met or missed by a rounding error only."""
     n = draw(st.integers(1, 4))
     figure = st.integers(0, 40).map(lambda v: v / 8)
     precision = st.sampled_from(["fp32", "int8"])
     items = []
     for a in range(n):
         for j in range(draw(st.integers(1, 4))):
-            items.append(Item(f"r{a}", f"c{j}", draw(precision), draw(figure) - 1, draw(figure), frozenset({a})))
+            figures = draw(figure) - 1, draw(figure)
+            items.append(Item(f"r{a}", f"c{j}", draw(precision), *figures, frozenset({a}), weight_mb=draw(figure)))
     for j in range(draw(st.integers(0, 4)) if n > 1 else 0):
         first = draw(st.integers(0, n - 2))
         atoms = frozenset(range(first, draw(st.integers(first + 1, n - 1)) + 1))
-        items.append(Item(f"s{first}", f"c{j}", draw(precision), draw(figure), draw(figure), atoms))
+        figures = draw(figure), draw(figure)
+        items.append(Item(f"s{first}", f"c{j}", draw(precision), *figures, atoms, weight_mb=draw(figure)))
     side = st.one_of(st.none(), st.integers(0, n - 1))
     borders = tuple(Border(draw(side), draw(side), draw(figure)) for _ in range(draw(st.integers(0, 4))))
     budget = draw(st.integers(0, 20 * n)) / 8
-    return Problem(n, tuple(draw(st.permutations(items))), draw(figure) / 4, budget, borders)
+    fetching = Fetching(draw(figure), draw(st.sampled_from([0.0, 0.0, 0.25, 1.0])))
+    return Problem(n, tuple(draw(st.permutations(items))), draw(figure) / 4, budget, borders, fetching=fetching)
 
 
 def covers(problem: Problem, start: int = 0) -> Iterator[tuple[int, ...]]:

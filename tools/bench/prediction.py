@@ -1,6 +1,7 @@
 """Predicted against measured: what the latency table says of whole students, and what the clock says.
 
-    python tools/bench/prediction.py MODEL.onnx ... [--selections 20] [--probes 6] [--threads N] [--plot FILE.png]
+    python tools/bench/prediction.py MODEL.onnx ... [--selections 20] [--probes 6] [--passes 1] [--threads N]
+        [--plot FILE.png]
 
 Each model's table is measured as a compilation without images would (random weights do: latency hardly depends on
 them). Then random selections, half of them in FP32, half of mixed precision, are built as real students and timed
@@ -21,12 +22,13 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from onnx import ModelProto
 
 from hantc.core.errors import HantcError
 from hantc.core.progress import Reporter
@@ -35,9 +37,9 @@ from hantc.inputs import make_config, prepare
 from hantc.ops.registry import build
 from hantc.passes.engine import statistics_at_once
 from hantc.passes.plug import origin_for
-from hantc.passes.program import make_problem, parts_of, specs_of
+from hantc.passes.program import make_plan, make_problem, parts_of, specs_of
 from hantc.passes.state import Context, Evaluated, State
-from hantc.passes.trials import corrected, measure_students, trials
+from hantc.passes.trials import corrected, time_students, trials, write_student
 from hantc.pipeline import PROFILE, run_passes
 from hantc.report.live import RichReporter
 from hantc.search.problem import Problem, Solution, make_solution
@@ -90,21 +92,31 @@ def unscored(state: State) -> State:
     return replace(state, scores=tuple(rows))
 
 
-def timed(
-    state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]
-) -> tuple[list[Solution], list[Evaluated]]:
-    """The solutions that can be built, and what they take: deep students of random weights may overflow, which leaves
-    no range to quantise to."""
-    kept: list[Solution] = []
-    found: list[Evaluated] = []
-    for s in solutions:
+def written(
+    state: State, ctx: Context, problem: Problem, drawn: Sequence[tuple[str, Solution]]
+) -> list[tuple[str, Solution, ModelProto]]:
+    """Those that can be built: deep students of random weights may overflow, which leaves no range to quantise to."""
+    kept = []
+    for kind, s in drawn:
         try:
-            found += measure_students(state, ctx, problem, [s])
+            kept.append((kind, s, write_student(state, ctx, make_plan(state, problem, s))))
         except HantcError as error:
             ctx.note(f"a student was left out: {error.message}")
-            continue
-        kept.append(s)
-    return kept, found
+    return kept
+
+
+def timed(
+    state: State, ctx: Context, problem: Problem, students: Sequence[tuple[str, Solution, ModelProto]], passes: int
+) -> list[Evaluated]:
+    """What the students take: the medians of `passes` through all of them, so that what happens on the host at one time
+    or another happens to all alike."""
+    plans = [make_plan(state, problem, s) for _, s, _ in students]
+    rounds = [time_students(state, ctx, plans, [m for *_, m in students]) for _ in range(passes)]
+    middle = statistics.median
+    return [
+        replace(own[0], measured_ms=middle(e.measured_ms for e in own), teacher_ms=middle(e.teacher_ms for e in own))
+        for own in zip(*rounds, strict=True)
+    ]
 
 
 def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
@@ -126,20 +138,19 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
         drawn = [(names[m], draw(problem, rng, mixed=m)) for m in kinds for _ in range(args.selections // len(kinds))]
         probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
         state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
-        probes, found = timed(state, ctx, problem, probes)
+        students = written(state, ctx, problem, [*(("probe", s) for s in probes), *drawn])
+        found = timed(state, ctx, problem, students, args.passes)
         assert state.costs is not None and state.match is not None
-        costs = corrected(state, trials(state, found))
+        tried = [e for (kind, *_), e in zip(students, found, strict=True) if kind == "probe"]
+        costs = corrected(state, trials(state, tried))
         fixed = make_problem(replace(state, costs=costs), math.inf)
-        taken = [("probe", s) for s in probes]
-        for kind in dict.fromkeys(k for k, _ in drawn):
-            kept, more = timed(state, ctx, problem, [s for k, s in drawn if k == kind])
-            taken, found = taken + [(kind, s) for s in kept], found + more
-        for (kind, s), e in zip(taken, found, strict=True):
+        for (kind, s, _), e in zip(students, found, strict=True):
             after = make_solution(fixed, s.items, optimal=False, gap=math.inf).cost
             facts = {"model": Path(model).stem, "kind": kind, "teacher_ms": e.teacher_ms}
             picks = [str(problem.items[i]) for i in s.items]
             facts |= {"before": s.cost, "after": after, "measured": e.measured_ms, "picks": picks}
             parts = parts_of(state.match, state.costs, e.plan)
+            facts |= {"scale": state.costs.scale, "fetching": asdict(state.costs.fetching)}
             records.append({**facts, "parts": parts, "glue_ms": state.costs.glue_ms})
         return records
 
@@ -179,6 +190,7 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("models", nargs="+", metavar="MODEL")
     p.add_argument("--selections", type=int, default=20)
     p.add_argument("--probes", type=int, default=6)
+    p.add_argument("--passes", type=int, default=1, help="time all students so many times, and take the medians")
     p.add_argument("--target", default="xeon")
     p.add_argument("--backend")
     p.add_argument("--effort", default="quick")
