@@ -9,12 +9,18 @@ several lengths are timed, and tell the factor that holds for all, how much stay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from onnx import ModelProto, TensorProto
+from pydantic import TypeAdapter, ValidationError
+from torch import fx
 
-from hantc.core.types import CostRow, Fetching, Region, untouched
+from hantc.core.errors import HantcError
+from hantc.core.types import CostRow, Fetching, Region, digest, untouched
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import cut, shapes_of
@@ -28,6 +34,7 @@ _LEAST = 0.2  # of the parts' time: shorter beginnings say little of the whole
 _FLOOR = 0.02  # of the teacher: what the rest costs where parts alone seem to take longer
 _RATIO = (0.75, 1.33)  # of whole to parts: further apart, something else is wrong than the caches
 _GRID = 33  # how finely it is asked what the caches hold
+_NOTHING_MS = 1e-6
 _SLOWEST = 0.25  # ms a megabyte: 4 GB/s, less than memory gives; where it takes longer there is another reason
 
 
@@ -41,33 +48,77 @@ class Beginning:
     together_ms: float
 
 
+@dataclass(frozen=True)
+class Beginnings:
+    """Beginnings of a network, and the whole timed about them; `outside_mb` of its weights are in none of its
+    regions."""
+
+    some: tuple[Beginning, ...]
+    whole: Beginning
+    outside_mb: float
+
+
 def measure_beginnings(
     meter: Meter, state: State, rows: Sequence[CostRow], glue: Glue | None, teacher_ms: float
-) -> list[Beginning]:
-    """Beginnings of the teacher, spread evenly over its weights; none where it takes hardly longer than its parts, or
+) -> Beginnings | None:
+    """Beginnings of the teacher, spread evenly over its weights; None where it takes hardly longer than its parts, or
     where nothing is measured."""
     assert state.network is not None and state.match is not None
     own = {r.region: r for r in rows if untouched(r.candidate, r.precision)}
     line = line_of(state.match)
     if glue is None or not meter.ctx.capabilities.measures or any(own[r.name].latency_ms >= UNUSABLE_MS for r in line):
-        return []
+        return None
     apart = np.cumsum([glue.start_ms, *(own[r.name].latency_ms + glue.before_ms[r.name] for r in line)])[1:]
     weights = np.cumsum([own[r.name].weight_mb for r in line])
-    if teacher_ms <= _SUSPECT * (apart[-1] + glue.last_ms):
-        return []
-    network = state.network
+    if weights[-1] <= 0 or teacher_ms <= _SUSPECT * (apart[-1] + glue.last_ms):
+        return None
+    whole = emit(state.network).model
+    key = meter.key(beginnings=digest(whole.SerializeToString().hex()), apart=apart.tolist())
+    try:
+        return TypeAdapter(Beginnings).validate_python(meter.ctx.store.get_json("network", key))
+    except ValidationError:  # none yet, or of an older version
+        found = _timed(meter, state.network, whole, [r.output for r in line], apart, weights, glue.last_ms)
+    meter.ctx.store.put_json("network", key, asdict(found))
+    return found
+
+
+def _timed(
+    meter: Meter,
+    network: fx.GraphModule,
+    whole: ModelProto,
+    outputs: Sequence[str],
+    apart: Any,
+    weights: Any,
+    last: float,
+) -> Beginnings:
+    """Those up to some of `outputs`; `apart` and `weights` are sums up to each."""
+    protocol = replace(meter.protocol, samples=25, min_sample_ms=15.0)
     shapes = shapes_of(network, example_inputs(network.meta["info"], 1))
     first = next(n.name for n in network.graph.nodes if n.op == "placeholder")
     targets = np.linspace(0, weights[-1], _MOST + 1)[1:]
-    ends = sorted({int(np.argmin(np.abs(weights - t))) for t in targets if weights[-1] > 0})
-    found = []
-    with meter.ctx.reporter.bar("measuring what weights cost", len(ends)) as bar:
-        for k in (k for k in ends if apart[k] >= _LEAST * apart[-1]):
-            out = line[k].output
-            model = emit(cut(network, first, out, shapes[first][1:], shapes[out][1:])).model
-            found.append(Beginning(float(weights[k]), float(apart[k]), meter.network(model)[0].median_ms))
+    ends = sorted({int(np.argmin(np.abs(weights - t))) for t in targets})
+    ends, found = [k for k in ends if apart[k] >= _LEAST * apart[-1]], []
+    with meter.ctx.reporter.bar("measuring what weights cost", len(ends) + 2) as bar:
+        # at both ends of it: what others do to the caches changes from one minute to the next
+        before = meter.file(whole, protocol).median_ms
+        for k in ends:
             bar.advance()
-    return found
+            out = outputs[k]
+            try:
+                model = emit(cut(network, first, out, shapes[first][1:], shapes[out][1:])).model
+                found.append(Beginning(float(weights[k]), float(apart[k]), meter.file(model, protocol).median_ms))
+            except HantcError as error:  # the engine does not take it alone
+                meter.ctx.reporter.event("unsupported", candidate=f"beginning up to {out}", reason=error.message)
+        after = meter.file(whole, protocol).median_ms
+    mb = max(float(weights[-1]), whole_mb(whole, meter.ctx.base))
+    total = Beginning(mb, float(apart[-1]) + last, (before + after) / 2)
+    return Beginnings(tuple(found), total, max(0.0, mb - float(weights[-1])))
+
+
+def whole_mb(model: ModelProto, base: str) -> float:
+    """Megabytes of a file's floating-point weights, as the engine reads them in `base`."""
+    numbers = sum(math.prod(w.dims) for w in model.graph.initializer if w.data_type == TensorProto.FLOAT)
+    return float(numbers * (2 if base in ("fp16", "bf16") else 4) / 1e6)
 
 
 @dataclass(frozen=True)
@@ -85,7 +136,7 @@ def balance(
     rows: Sequence[CostRow],
     teacher_ms: float,
     glue_ms: float | None,
-    beginnings: Sequence[Beginning] = (),
+    beginnings: Beginnings | None = None,
 ) -> Balance:
     """The balance of a table; `glue_ms` as timed apart, if it could be."""
     own = teachers_rows(regions, rows)
@@ -94,32 +145,46 @@ def balance(
     if total <= 0:
         return Balance(teacher_ms)
     if glue_ms is not None:
-        scale, fetching = fit_fetching(beginnings, Beginning(mb, total + glue_ms, teacher_ms))
+        scale, outside_ms, fetching = teacher_ms / (total + glue_ms), 0.0, Fetching()
+        if beginnings is not None and scale > 1.0 and mb > 0:
+            scale, held = fit_fetching(beginnings.some, beginnings.whole)
+            least = (teacher_ms - _SLOWEST * mb) / (total + glue_ms)
+            scale = min(max(scale, least), teacher_ms / (total + glue_ms))
+            # what is outside the regions takes its place in the caches whatever the plan
+            fetching = steepest(teacher_ms - scale * (total + glue_ms), held - beginnings.outside_mb, mb)
+            outside_ms = max(0.0, teacher_ms - scale * (total + glue_ms) - fetching.ms(mb))
         if _RATIO[0] <= scale <= _RATIO[1]:
-            return Balance(scale * glue_ms, scale, fetching)
+            return Balance(scale * glue_ms + outside_ms, scale, fetching)
     if teacher_ms - total >= floor:
         return Balance(teacher_ms - total)
     return Balance(floor, (teacher_ms - floor) / total)
 
 
-def fit_fetching(beginnings: Sequence[Beginning], whole: Beginning) -> tuple[float, Fetching]:
-    """The factor from parts to a network whose weights the caches hold, and what the rest cost: together they make the
-    teacher's parts the teacher (`whole`), and miss its beginnings least (by the sum of relative errors, which a few
-    that a restless machine timed wrongly do not move)."""
-    alone = whole.together_ms / whole.apart_ms
-    least = (whole.together_ms - _SLOWEST * whole.weight_mb) / whole.apart_ms
-    if not beginnings or alone <= 1.0:
-        return alone, Fetching()
+def steepest(ms: float, held_mb: float, teacher_mb: float) -> Fetching:
+    """What makes a teacher take `ms` to fetch its regions' weights where the caches hold `held_mb` of them: fewer, if a
+    megabyte would take longer than memory does; none at all, if what is outside the regions fills them (`held_mb` below
+    0: then part of `ms` is spent whatever the regions are)."""
+    if ms <= _NOTHING_MS or teacher_mb <= 0:
+        return Fetching()
+    free = max(0.0, min(held_mb, teacher_mb - ms / _SLOWEST))
+    return Fetching(free, min(_SLOWEST, ms / (teacher_mb - min(held_mb, free))))
+
+
+def fit_fetching(beginnings: Sequence[Beginning], whole: Beginning) -> tuple[float, float]:
+    """The factor from parts to a network whose weights the caches hold, and the megabytes that they do: which miss the
+    beginnings of a network least (by the sum of relative errors, which a few that a restless machine timed wrongly do
+    not move), where the rest of what the whole takes is for fetching."""
+    alone = max(1.0, whole.together_ms / whole.apart_ms)
+    if not beginnings:
+        return alone, whole.weight_mb
     w, p, t = (np.array([getattr(b, k) for b in beginnings]) for k in ("weight_mb", "apart_ms", "together_ms"))
     best = (np.inf, alone, 0.0)
     for free in np.linspace(0.0, min(w.max(), 0.99 * whole.weight_mb), _GRID):
-        share = np.maximum(0.0, w - free) / (whole.weight_mb - free)  # of the teacher's fetching
-        told = p - share * whole.apart_ms > 0.05 * p
+        share = np.maximum(0.0, w - free) / (whole.weight_mb - free)  # of the whole's fetching
+        told = np.abs(p - share * whole.apart_ms) > 0.05 * p
         # what each beginning by itself says of the factor; one of these misses all of them least
         says = (t - share * whole.together_ms)[told] / (p - share * whole.apart_ms)[told]
-        for scale in np.clip([*says, alone], max(1.0, least), alone):
+        for scale in np.clip([1.0, *says, alone], 1.0, alone):
             missed = float(np.sum(np.abs(scale * p + share * (whole.together_ms - scale * whole.apart_ms) - t) / t))
             best = min(best, (missed, float(scale), float(free)))
-    _, scale, free = best
-    rate = (whole.together_ms - scale * whole.apart_ms) / (whole.weight_mb - free)
-    return scale, Fetching(free, rate) if rate > 0 else Fetching()
+    return best[1:]

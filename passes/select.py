@@ -97,6 +97,7 @@ class Select:
     ) -> tuple[State, _Known]:
         """The state with costs corrected until whole students take what the table says; and those measured last."""
         seen: list[Trial] = []
+        first = state
         for _ in range(_ROUNDS):
             assert state.costs is not None
             problem = make_problem(state, self._aim(state, budget, bounds), bounds)
@@ -106,7 +107,7 @@ class Select:
             if abs(ratio - 1) <= _CLOSE:
                 return state, {s.items: e for s, e in zip(probes, new, strict=True)}
             seen += trials(state, new)
-            state = replace(state, costs=corrected(state, seen))
+            state = replace(state, costs=corrected(first, seen))
         return state, {}
 
     def _solved(self, state: State, ctx: Context, problem: Problem, k: int) -> list[Solution]:
@@ -125,7 +126,7 @@ class Select:
                 "costs": [asdict(r) for r in state.costs.rows],
                 "teacher_ms": [state.costs.teacher_ms, state.costs.reference_ms],
                 "between": [state.costs.glue_ms, state.costs.scale, state.costs.transitions],
-                "fetching": asdict(state.costs.fetching),
+                "fetching": [asdict(state.costs.fetching), asdict(state.costs.correction)],
                 "scores": [asdict(s) for s in state.scores],
                 "options": [
                     [asdict(b) if b else None for b in (config.budget, *config.caps)],
@@ -162,6 +163,9 @@ class Select:
             own = inside_ms(state.costs, "teacher", ctx.base, own)
             choices.append(Choice(r.name, r.kind, candidate, ctx.base, 0.0, cost, own))
         saved = sum(c.teacher_cost_ms - c.cost_ms for c in choices)
+        before = sum(costs[c.region, "teacher", ctx.base].weight_mb for c in choices)
+        after = sum(costs[c.region, c.candidate, ctx.base].weight_mb for c in choices)
+        saved += state.costs.fetching.ms(before) - state.costs.fetching.ms(after)
         budget = wanted_ms(state.costs, ctx) if ctx.config.budget else state.costs.teacher_ms
         method = {"method": "exact rewrites only (no --data)"}
         return Plan(tuple(choices), state.costs.teacher_ms - saved, budget, 0.0, method)
@@ -176,9 +180,9 @@ class Select:
         """What to plan for: a little below the budget, unless nothing reaches that; what is nearest to it where that
         is above it by no more than measuring can be wrong."""
         assert state.costs is not None
-        if budget >= state.costs.teacher_ms and not bounds:
-            return budget  # the teacher itself fits
         least = 1.001 * reachable(make_problem(state, budget, bounds))[0]
+        if budget >= state.costs.teacher_ms and not bounds:
+            return max(budget, least)  # the teacher itself fits, whatever the corrected table says
         return max(_AIM * budget, least) if least <= _DOUBT * budget else budget
 
     @staticmethod

@@ -11,6 +11,7 @@ from onnx import ModelProto
 from hantc.core.types import Correction, CostTable, Fetching, Plan
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
+from hantc.passes.fetching import steepest
 from hantc.passes.glue import teachers_rows
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_plan, parts_of, specs_of, weight_mb
@@ -104,12 +105,13 @@ def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
 
     fits = {costs.fetching: fitted(costs.fetching)}
     if seen and now > _SUSPECT * (inside + costs.glue_ms):
-        fits |= {f: fitted(f) for f in _otherwise(now - inside - costs.glue_ms, mb)}
-    best = min(fits, key=lambda f: (fits[f].misfit + (0.0 if f == costs.fetching else _EVIDENCE), f.free_mb))
+        held = [costs.fetching.free_mb, *(k / _SIZES * mb for k in range(_SIZES))]
+        fits |= {f: fitted(f) for f in (steepest(now - inside - costs.glue_ms, free, mb) for free in held)}
+
+    def unlikely(fetching: Fetching) -> tuple[float, float]:
+        """Of sizes that the students do not tell apart, the table's is the likeliest, and what is nearest to it."""
+        other = abs(fetching.free_mb - costs.fetching.free_mb)
+        return round(fits[fetching].misfit + (_EVIDENCE if fetching != costs.fetching else 0.0), 6), other
+
+    best = min(fits, key=unlikely)
     return replace(costs, fetching=best, correction=Correction(**dict(zip(_SPREAD, fits[best].factors, strict=True))))
-
-
-def _otherwise(ms: float, teacher_mb: float) -> list[Fetching]:
-    """Caches of all sizes that would make the teacher take `ms` for fetching its weights."""
-    held = [k / _SIZES * teacher_mb for k in range(_SIZES)]
-    return [Fetching(mb, ms / (teacher_mb - mb)) for mb in held] if teacher_mb > 0 else []

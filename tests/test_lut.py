@@ -141,7 +141,7 @@ def test_merged_halves_are_the_whole(compiled: Compiled, cli: Cli, tmp_path: Pat
     [
         *(("teacher_ms", 0.0), ("teacher_ms", "NaN"), ("scale", -1.0), ("row", -5.0), ("row", "NaN")),
         *(("correction", 0.0), ("corrections", 1.0), ("glue_ms", -1.0), ("transitions", -9.0)),
-        *(("fetching", -0.1), ("fetching", "inf")),
+        *(("fetching", -0.1), ("fetching", "inf"), ("fetchings", 1.0)),
     ],
 )
 def test_figures_that_are_none(compiled: Compiled, cli: Cli, tmp_path: Path, key: str, value: float | str) -> None:
@@ -150,8 +150,8 @@ def test_figures_that_are_none(compiled: Compiled, cli: Cli, tmp_path: Path, key
         content["rows"][0]["latency_ms"] = float(value)
     elif key == "correction":
         content["correction"]["int8"] = float(value)
-    elif key == "fetching":
-        content["fetching"]["ms_per_mb"] = float(value)
+    elif key.startswith("fetching"):
+        content["fetching"]["ms_per_mb" if key == "fetching" else "foo"] = float(value)
     elif key == "corrections":
         content["correction"]["foo"] = float(value)
     elif key == "transitions":

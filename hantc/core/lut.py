@@ -98,6 +98,8 @@ def read_lut(path: Path) -> Lut:
     unknown = set(value.get("correction") or ()) - set(asdict(table.correction))
     if unknown:
         raise UsageError(f"holds a wrong entry, correction.{min(unknown)}: there is none", where=where, hint=hint)
+    if unknown := set(value.get("fetching") or ()) - set(asdict(table.fetching)):
+        raise UsageError(f"holds a wrong entry, fetching.{min(unknown)}: there is none", where=where, hint=hint)
     costs = {"glue_ms": table.glue_ms, **{f"transitions.{shape}": ms for shape, ms in table.transitions}}
     costs |= {f"fetching.{k}": v for k, v in asdict(table.fetching).items()}
     for name, ms in costs.items():

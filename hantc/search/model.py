@@ -114,7 +114,7 @@ def _reduce(task: Task) -> _Reduced:
         if problem.items[i].int8:
             cost[i] += sum(edge.get(a, 0.0) for a in problem.items[i].atoms)
     if task.objective == "cost" and math.isinf(task.max_score):
-        score = dict.fromkeys(score, 0.0)  # the score does not matter: one item per place and precision is left
+        score = dict.fromkeys(score, 0.0)  # the score does not matter
     mutual = tuple(b for b in borders if b.left is not None and b.right is not None)
     touched = {a for b in mutual for a in (b.left, b.right) if a is not None}
     kept = _undominated(task, score, cost, touched)
@@ -240,7 +240,7 @@ def _fetched(
         for atom in problem.items[i].atoms:
             heaviest[atom] = max(heaviest[atom], mb / len(problem.items[i].atoms))
     free, most = problem.fetching.free_mb, sum(heaviest) - problem.fetching.free_mb
-    if most <= 0 or problem.fetching.ms_per_mb <= 0:
+    if most <= 1e-6 * sum(heaviest) or problem.fetching.ms_per_mb <= 0:
         return []
     above = _variable(lp, "fetched", pulp.LpContinuous)
     lp += above >= pulp.LpAffineExpression([(z[i], mb / most) for i, mb in weights.items()]) - free / most, "fetching"

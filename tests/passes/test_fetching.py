@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from onnx import ModelProto, numpy_helper
 
 from hantc.core.backend_api import Artefact, BuildSpec
+from hantc.core.errors import ModelError
 from hantc.core.types import Fetching
-from hantc.passes.fetching import Balance, Beginning, balance, fit_fetching, measure_beginnings
+from hantc.passes.fetching import Balance, Beginning, Beginnings, balance, fit_fetching, measure_beginnings, steepest
 from hantc.passes.glue import Glue, measure_glue, teachers_rows
 from hantc.passes.meter import Meter
+from tests.passes.conftest import CLASSES
 from tests.passes.test_glue import ROWS, any_row
 from tests.passes.test_meter import Moody
 from tests.passes.test_program import chain
@@ -66,18 +69,43 @@ def test_weights_take_less_in_int8() -> None:
 def test_what_a_teacher_takes_for_its_weights_is_told_apart() -> None:
     """It takes half as long again as its parts, and its first two thirds, with half of the weights, hardly longer."""
     assert sum(r.weight_mb for r in teachers_rows(chain(), HEAVY)) == pytest.approx(16.0)
-    beginnings = [Beginning(8.0, 2.0, 2.06), Beginning(16.0, 4.0, 4.12 + 3.0)]
-    found = balance(chain(), HEAVY, 6.5 * 1.03 + 3.0, 0.5, beginnings)
+    some = (Beginning(4.0, 1.0, 1.03), Beginning(8.0, 2.0, 2.06), Beginning(16.0, 4.0, 4.12 + 1.0))
+    beginnings = Beginnings(some, Beginning(16.0, 6.5, 6.5 * 1.03 + 1.0), 0.0)
+    found = balance(chain(), HEAVY, 6.5 * 1.03 + 1.5, 0.5, beginnings)
     assert found.scale == pytest.approx(1.03) and found.glue_ms == pytest.approx(0.5 * 1.03)
-    assert 8.0 <= found.fetching.free_mb < 16.0 and found.fetching.ms(16.0) == pytest.approx(3.0)
+    assert 8.0 <= found.fetching.free_mb <= 10.0
+    assert found.fetching.ms(16.0) == pytest.approx(1.5), "what it takes when the table is made, not just then"
+    assert found.fetching.ms_per_mb <= 0.25
+    calm = balance(chain(), HEAVY, 6.5 * 1.02, 0.5, beginnings)
+    assert calm.scale == pytest.approx(1.02) and calm.fetching == Fetching()
+
+
+@pytest.mark.parametrize("outside_mb", [4.0, 12.0])
+def test_what_is_outside_the_regions_takes_its_place_in_the_caches(outside_mb: float) -> None:
+    """Of 10 MB that they hold. Where it leaves none, part of the fetching is no region's."""
+    whole = Beginning(16.0 + outside_mb, 6.5, 6.5 + 0.1 * (6.0 + outside_mb))
+    some = [Beginning(w, w / 4, w / 4 + 0.1 * max(0.0, w - 10.0)) for w in (4.0, 8.0, 10.0, 12.0, 14.0, 16.0)]
+    found = balance(chain(), HEAVY, whole.together_ms, 0.5, Beginnings(tuple(some), whole, outside_mb))
+    assert found.scale == pytest.approx(1.0, abs=0.01)
+    assert found.fetching.free_mb == pytest.approx(max(0.0, 10.0 - outside_mb), abs=0.6)
+    assert found.fetching.ms_per_mb == pytest.approx(0.1, rel=0.1)
+    assert found.glue_ms == pytest.approx(0.5 + 0.1 * max(0.0, outside_mb - 10.0), abs=0.1)
+    assert 6 * found.scale + found.glue_ms + found.fetching.ms(16.0) == pytest.approx(whole.together_ms)
+
+
+def missed(beginnings: Sequence[Beginning], whole: Beginning) -> float:
+    """The fit's worst relative error, of those and the whole."""
+    scale, held = fit_fetching(beginnings, whole)
+    fetching = whole.together_ms - scale * whole.apart_ms
+    assert 1.0 - 1e-9 <= scale <= max(1.0, whole.together_ms / whole.apart_ms) + 1e-9 and held < whole.weight_mb
+    told = [scale * b.apart_ms + fetching * max(0.0, b.weight_mb - held) / (whole.weight_mb - held) for b in beginnings]
+    return max((abs(ms / b.together_ms - 1) for ms, b in zip(told, beginnings, strict=True)), default=0.0)
 
 
 def test_the_real_teachers_beginnings_are_fitted() -> None:
-    scale, fetching = fit_fetching(CROWDED, WHOLE)
-    assert 1.02 <= scale <= 1.08 and 9.0 <= fetching.free_mb <= 14.0
-    assert scale * WHOLE.apart_ms + fetching.ms(WHOLE.weight_mb) == pytest.approx(WHOLE.together_ms)
-    misses = [(scale * b.apart_ms + fetching.ms(b.weight_mb)) / b.together_ms - 1 for b in CROWDED]
-    assert max(map(abs, misses)) < 0.04, misses
+    scale, held = fit_fetching(CROWDED, WHOLE)
+    assert 1.02 <= scale <= 1.08 and 9.0 <= held <= 14.0
+    assert missed(CROWDED, WHOLE) < 0.04
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -86,50 +114,61 @@ def test_the_real_teachers_beginnings_are_fitted() -> None:
     st.floats(0.0, 0.9),
     st.floats(0.0, 0.1),
     st.lists(st.tuples(st.floats(0.1, 3.0), st.floats(0.05, 0.3)), min_size=4, max_size=10),
-    st.integers(0, 9),
 )
 def test_what_networks_are_made_of_is_found(
-    scale: float, held: float, rate: float, regions: list[tuple[float, float]], outlier: int
+    scale: float, held: float, rate: float, regions: list[tuple[float, float]]
 ) -> None:
-    """Any factor, any size of cache, any cost of what is beyond it; with one beginning timed in a bad moment the rest
-    are still told rightly, unless it is one of few."""
+    """Any factor, any size of cache, any cost of what is beyond it."""
     weights = [sum(w for w, _ in regions[: k + 1]) for k in range(len(regions))]
     apart = [0.1 + sum(ms for _, ms in regions[: k + 1]) for k in range(len(regions))]
     truth = Fetching(held * weights[-1], rate)
     points = [Beginning(w, p, scale * p + truth.ms(w)) for w, p in zip(weights, apart, strict=True)]
-    timed = [replace(b, together_ms=1.3 * b.together_ms) if k == outlier else b for k, b in enumerate(points[:-1])]
-    found, fetching = fit_fetching(timed, points[-1])
-    whole = points[-1]
-    assert found * whole.apart_ms + fetching.ms(whole.weight_mb) == pytest.approx(whole.together_ms)
-    assert 1.0 - 1e-9 <= found <= whole.together_ms / whole.apart_ms + 1e-9
-    if outlier >= len(regions) - 1:
-        worst = max(abs((found * b.apart_ms + fetching.ms(b.weight_mb)) / b.together_ms - 1) for b in points)
-        assert worst < 0.05
+    assert missed(points, points[-1]) < 0.05
 
 
-@pytest.mark.parametrize("beginnings", [[], CROWDED])
-def test_a_teacher_faster_than_its_parts_fetches_nothing(beginnings: Sequence[Beginning]) -> None:
-    scale, fetching = fit_fetching(beginnings, replace(WHOLE, together_ms=0.9 * WHOLE.apart_ms))
-    assert scale == pytest.approx(0.9) and fetching == Fetching()
+def test_a_beginning_timed_in_a_bad_moment_moves_little() -> None:
+    wrong = [replace(b, together_ms=1.4 * b.together_ms) if k == 3 else b for k, b in enumerate(CROWDED)]
+    assert fit_fetching(wrong, WHOLE) == pytest.approx(fit_fetching(CROWDED, WHOLE), rel=0.1)
 
 
-def test_memory_is_not_slower_than_a_quarter_of_a_millisecond_a_megabyte() -> None:
-    """What takes longer is everybody's: another reason than weights."""
-    slow = Beginning(16.0, 6.5, 6.5 + 4.0 + 0.65)
-    scale, fetching = fit_fetching([Beginning(8.0, 3.0, 3.0)], slow)
-    assert scale == pytest.approx(1.1) and fetching.ms(16.0) == pytest.approx(4.0)
+@pytest.mark.parametrize("some", [(), CROWDED])
+def test_a_teacher_faster_than_its_parts_fetches_nothing(some: Sequence[Beginning]) -> None:
+    beginnings = Beginnings(tuple(some), WHOLE, 0.0)
+    found = balance(chain(), HEAVY, 0.9 * 6.5, 0.5, beginnings)
+    assert found.scale == pytest.approx(0.9) and found.fetching == Fetching()
+
+
+@given(st.floats(0.0, 6.0), st.floats(-20.0, 30.0), st.floats(0.5, 30.0))
+def test_memory_is_not_slower_than_a_quarter_of_a_millisecond_a_megabyte(ms: float, held: float, mb: float) -> None:
+    found = steepest(ms, held, mb)
+    assert 0.0 <= found.free_mb <= mb and 0.0 <= found.ms_per_mb <= 0.25
+    wanted = min(ms, 0.25 * mb)
+    if held >= 0:
+        assert found.ms(mb) == pytest.approx(wanted, abs=1e-5)
+    else:
+        assert found.ms(mb) <= wanted + 1e-9, "part of it is spent whatever the regions are"
+
+
+def test_what_memory_cannot_explain_is_everybodys() -> None:
+    whole = Beginning(16.0, 6.5, 6.5 + 4.0 + 0.65)
+    found = balance(chain(), HEAVY, whole.together_ms, 0.5, Beginnings((Beginning(8.0, 3.0, 3.0),), whole, 0.0))
+    assert found.scale == pytest.approx(1.1) and found.fetching == Fetching(0.0, 0.25)
 
 
 class Forgetful(Moody):
     """A machine that takes a millisecond for each node, and one for each kilobyte of weights above `held` of them."""
 
-    def __init__(self, held: float) -> None:
+    def __init__(self, held: float, refuses_above: float = math.inf) -> None:
         super().__init__([1.0])
-        self.held = held
+        self.held, self.refuses_above = held, refuses_above
 
     def build(self, model: ModelProto, spec: BuildSpec) -> Artefact:
         weights = sum(numpy_helper.to_array(w).nbytes for w in model.graph.initializer) / 1e3
-        return Artefact(len(model.graph.node) + max(0.0, weights - self.held))
+        ms = len(model.graph.node) + max(0.0, weights - self.held)
+        part = len(model.graph.output[0].type.tensor_type.shape.dim) == 4 and model.graph.name != "canary"
+        if part and ms > self.refuses_above:
+            raise ModelError("too long")
+        return Artefact(ms)
 
 
 def test_beginnings_are_timed_where_the_teacher_takes_long(lab: Lab) -> None:
@@ -142,17 +181,25 @@ def test_beginnings_are_timed_where_the_teacher_takes_long(lab: Lab) -> None:
     rows = [replace(any_row(state), region=r.name, candidate="teacher", precision="fp32", params=r.params,
                     latency_ms=float(len(r.nodes))) for r in blocks]  # fmt: skip
     parts = glue.ms + sum(r.latency_ms for r in rows)
-    assert measure_beginnings(meter, state, rows, glue, 1.04 * parts) == []
-    assert measure_beginnings(meter, state, rows, None, 2 * parts) == []
+    assert measure_beginnings(meter, state, rows, glue, 1.04 * parts) is None
+    assert measure_beginnings(meter, state, rows, None, 2 * parts) is None
     found = measure_beginnings(meter, state, rows, glue, 2 * parts)
-    assert len(found) >= 2 and [b.weight_mb for b in found] == sorted(b.weight_mb for b in found)
-    assert found[-1].weight_mb == pytest.approx(sum(r.weight_mb for r in rows))
-    assert found[-1].apart_ms == pytest.approx(parts - glue.last_ms)
-    assert found[-1].together_ms > found[-1].apart_ms, "it has more weights than are held"
+    assert found is not None
+    some, last = found.some, found.some[-1]
+    assert len(some) >= 2 and [b.weight_mb for b in some] == sorted(b.weight_mb for b in some)
+    assert last.weight_mb == pytest.approx(sum(r.weight_mb for r in rows))
+    assert last.apart_ms == pytest.approx(parts - glue.last_ms) and found.whole.apart_ms == pytest.approx(parts)
+    assert last.together_ms > last.apart_ms, "it has more weights than are held"
+    head_mb = 4 * (32 * CLASSES + CLASSES) / 1e6
+    assert found.outside_mb == pytest.approx(head_mb, rel=0.2)
+    assert found.whole.weight_mb == pytest.approx(last.weight_mb + found.outside_mb)
     assert Meter(lab.fresh()).ctx.capabilities.measures is False
-    assert measure_beginnings(Meter(lab.fresh()), state, rows, glue, 2 * parts) == [], "nothing is measured"
+    assert measure_beginnings(Meter(lab.fresh()), state, rows, glue, 2 * parts) is None, "nothing is measured"
+    picky = Meter(lab.fresh(backend=Forgetful(20.0, refuses_above=0.7 * last.together_ms)))
+    fewer = measure_beginnings(picky, state, rows, glue, 2 * parts)
+    assert fewer is not None and 0 < len(fewer.some) < len(some), "the engine does not take them all"
     rows[0] = replace(rows[0], latency_ms=1e9)
-    assert measure_beginnings(meter, state, rows, glue, 2 * parts) == [], "the engine does not take one of them alone"
+    assert measure_beginnings(meter, state, rows, glue, 2 * parts) is None, "nor one of the regions alone"
 
 
 def test_glue_adds_up() -> None:

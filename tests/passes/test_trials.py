@@ -75,8 +75,7 @@ def test_what_others_do_to_the_caches_is_told_by_the_teacher_beside_the_students
 
 
 def test_how_much_the_caches_hold_is_told_by_the_students() -> None:
-    """By the table all weights above 2 MB are fetched; heavy students show that 12 stay, light ones that it is not the
-    factor alone."""
+    """By the table all weights above 2 MB are fetched: students of all weights show that 30 stay."""
     state = wide()
     assert state.costs is not None
     rows = tuple(replace(r, params=4_000_000 if r.candidate == "teacher" else 100_000) for r in state.costs.rows)
@@ -94,6 +93,23 @@ def test_how_much_the_caches_hold_is_told_by_the_students() -> None:
     costs = corrected(state, trials(state, found))
     assert 24.0 <= costs.fetching.free_mb <= 36.0, costs.fetching
     assert corrected(real, trials(real, found)).fetching == right, "no other where there is no need"
+
+
+def test_what_the_students_do_not_tell_stays_the_tables() -> None:
+    """The teacher takes four times as long for its weights, and none of the students has any: how many stay in the
+    caches is what the table says."""
+    state = wide()
+    assert state.costs is not None
+    rows = tuple(replace(r, params=2_000_000 if untouched(r.candidate, r.precision) else 0) for r in state.costs.rows)
+    costs = replace(state.costs, rows=rows, fetching=Fetching(10.0, 0.1), teacher_ms=6.5 + 1.4)
+    state = replace(state, costs=costs)
+    problem = make_problem(state, math.inf)
+    light = [make_plan(state, problem, s) for s in solve_diverse(replace(problem, budget=4.6), 4)]
+    light = [p for p in light if weight_mb(costs, p) == 0.0]
+    found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 5.6, None, None) for p in light]
+    after = corrected(state, trials(state, found))
+    assert found and after.fetching.free_mb == pytest.approx(min(10.0, 24.0 - 5.6 / 0.25))
+    assert after.correction.fetching * after.fetching.ms(24.0) == pytest.approx(5.6, rel=0.1)
 
 
 def test_kinds_that_cost_more_in_networks_are_found() -> None:
