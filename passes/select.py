@@ -33,6 +33,7 @@ _FINALISTS = 4  # of the explored students that are timed and judged
 _SOLVER_S = 30.0
 _ROUNDS = 3  # of measuring some students and correcting the table
 _PROBES = 4  # students in each
+_CORRECTING = 0.08  # of the time limit: no further round begins behind it
 _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
@@ -97,7 +98,7 @@ class Select:
     ) -> tuple[State, _Known]:
         """The state with costs corrected until whole students take what the table says; and those measured last."""
         seen: list[Trial] = []
-        first = state
+        first, started = state, time.monotonic()
         for _ in range(_ROUNDS):
             assert state.costs is not None
             problem = make_problem(state, self._aim(state, budget, bounds), bounds)
@@ -108,6 +109,8 @@ class Select:
                 return state, {s.items: e for s, e in zip(probes, new, strict=True)}
             seen += trials(state, new)
             state = replace(state, costs=corrected(first, seen))
+            if time.monotonic() - started > _CORRECTING * ctx.clock.limit_s:
+                break
         return state, {}
 
     def _solved(self, state: State, ctx: Context, problem: Problem, k: int) -> list[Solution]:

@@ -13,7 +13,7 @@ from hantc.core.errors import BudgetError
 from hantc.core.types import CandidateSpec, Correction, MatchResult, Plan, ScoreRow
 from hantc.passes.program import make_problem
 from hantc.passes.select import Select
-from hantc.passes.state import Context, Evaluated, State
+from hantc.passes.state import Clock, Context, Evaluated, State
 from hantc.passes.trials import measure_students
 from hantc.search.pareto import reachable
 
@@ -148,6 +148,25 @@ def test_the_table_is_corrected_by_a_few_students_and_none_is_timed_twice(
         assert state.costs.correction == Correction()
     else:
         assert max(astuple(state.costs.correction)) > 1.2
+
+
+@pytest.mark.parametrize(("limit_s", "rounds"), [(0.5, 1), (1e6, 3)])
+def test_correcting_ends_when_its_time_is_up(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, limit_s: float, rounds: int
+) -> None:
+    """Students that take ever longer than the corrected table says: one round where there is no time for more."""
+    asked: list[int] = []
+    measure = measure_students
+
+    def growing(*args: Any) -> list[Evaluated]:
+        asked.append(len(args[-1]))
+        return [replace(e, measured_ms=1.3 * e.plan.predicted_latency_ms) for e in measure(*args)]
+
+    monkeypatch.setattr("hantc.passes.select.measure_students", growing)
+    ctx = replace(lab.fresh(budget=Budget(fraction=0.9)), clock=Clock(limit_s))
+    assert lab.scored.match is not None
+    found, _ = Select()._corrected(lab.scored, ctx, 0.9 * lab.scored.costs.teacher_ms, ())  # type: ignore[union-attr]
+    assert len(asked) == rounds and found.costs != lab.scored.costs
 
 
 def test_the_corrected_costs_are_the_same_from_the_store(lab: Lab) -> None:
