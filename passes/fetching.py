@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
 from hantc.core.errors import HantcError
-from hantc.core.types import CostRow, Fetching, Region, digest, untouched
+from hantc.core.types import WEIGHT_BYTES, CostRow, Fetching, Region, digest, untouched
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import cut, shapes_of
@@ -28,7 +28,7 @@ from hantc.passes.glue import UNUSABLE_MS, Glue, line_of, teachers_rows
 from hantc.passes.meter import Meter
 from hantc.passes.state import State
 
-_SUSPECT = 1.05  # of whole to parts: less than that is no worry
+SUSPECT = 1.05  # of whole to parts: what takes longer may do so for its weights
 _MOST = 10  # beginnings that are timed
 _LEAST = 0.2  # of the parts' time: shorter beginnings say little of the whole
 _FLOOR = 0.02  # of the teacher: what the rest costs where parts alone seem to take longer
@@ -70,7 +70,7 @@ def measure_beginnings(
         return None
     apart = np.cumsum([glue.start_ms, *(own[r.name].latency_ms + glue.before_ms[r.name] for r in line)])[1:]
     weights = np.cumsum([own[r.name].weight_mb for r in line])
-    if weights[-1] <= 0 or teacher_ms <= _SUSPECT * (apart[-1] + glue.last_ms):
+    if weights[-1] <= 0 or teacher_ms <= SUSPECT * (apart[-1] + glue.last_ms):
         return None
     whole = emit(state.network).model
     key = meter.key(beginnings=digest(whole.SerializeToString().hex()), apart=apart.tolist())
@@ -92,7 +92,6 @@ def _timed(
     last: float,
 ) -> Beginnings:
     """Those up to some of `outputs`; `apart` and `weights` are sums up to each."""
-    protocol = replace(meter.protocol, samples=25, min_sample_ms=15.0)
     shapes = shapes_of(network, example_inputs(network.meta["info"], 1))
     first = next(n.name for n in network.graph.nodes if n.op == "placeholder")
     targets = np.linspace(0, weights[-1], _MOST + 1)[1:]
@@ -100,16 +99,16 @@ def _timed(
     ends, found = [k for k in ends if apart[k] >= _LEAST * apart[-1]], []
     with meter.ctx.reporter.bar("measuring what weights cost", len(ends) + 2) as bar:
         # at both ends of it: what others do to the caches changes from one minute to the next
-        before = meter.file(whole, protocol).median_ms
+        before = meter.file(whole, meter.thorough).median_ms
         for k in ends:
             bar.advance()
             out = outputs[k]
             try:
                 model = emit(cut(network, first, out, shapes[first][1:], shapes[out][1:])).model
-                found.append(Beginning(float(weights[k]), float(apart[k]), meter.file(model, protocol).median_ms))
+                found.append(Beginning(float(weights[k]), float(apart[k]), meter.file(model, meter.thorough).median_ms))
             except HantcError as error:  # the engine does not take it alone
                 meter.ctx.reporter.event("unsupported", candidate=f"beginning up to {out}", reason=error.message)
-        after = meter.file(whole, protocol).median_ms
+        after = meter.file(whole, meter.thorough).median_ms
     mb = max(float(weights[-1]), whole_mb(whole, meter.ctx.base))
     total = Beginning(mb, float(apart[-1]) + last, (before + after) / 2)
     return Beginnings(tuple(found), total, max(0.0, mb - float(weights[-1])))
@@ -118,7 +117,7 @@ def _timed(
 def whole_mb(model: ModelProto, base: str) -> float:
     """Megabytes of a file's floating-point weights, as the engine reads them in `base`."""
     numbers = sum(math.prod(w.dims) for w in model.graph.initializer if w.data_type == TensorProto.FLOAT)
-    return float(numbers * (2 if base in ("fp16", "bf16") else 4) / 1e6)
+    return float(numbers * WEIGHT_BYTES.get(base, 4) / 1e6)
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def balance(
             least = (teacher_ms - _SLOWEST * mb) / (total + glue_ms)
             scale = min(max(scale, least), teacher_ms / (total + glue_ms))
             # what is outside the regions takes its place in the caches whatever the plan
-            fetching = steepest(teacher_ms - scale * (total + glue_ms), held - beginnings.outside_mb, mb)
+            fetching = fetching_for(teacher_ms - scale * (total + glue_ms), held - beginnings.outside_mb, mb)
             outside_ms = max(0.0, teacher_ms - scale * (total + glue_ms) - fetching.ms(mb))
         if _RATIO[0] <= scale <= _RATIO[1]:
             return Balance(scale * glue_ms + outside_ms, scale, fetching)
@@ -160,7 +159,7 @@ def balance(
     return Balance(floor, (teacher_ms - floor) / total)
 
 
-def steepest(ms: float, held_mb: float, teacher_mb: float) -> Fetching:
+def fetching_for(ms: float, held_mb: float, teacher_mb: float) -> Fetching:
     """What makes a teacher take `ms` to fetch its regions' weights where the caches hold `held_mb` of them: fewer, if a
     megabyte would take longer than memory does; none at all, if what is outside the regions fills them (`held_mb` below
     0: then part of `ms` is spent whatever the regions are)."""

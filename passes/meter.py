@@ -71,6 +71,7 @@ class Meter:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.protocol = ctx.protocol(warmup=2, samples=12, min_sample_ms=1.0)
+        self.thorough = replace(self.protocol, samples=25, min_sample_ms=15.0)  # for whole networks
         self.careful = replace(self.protocol, samples=25)  # for what is taken off many figures
         self.build_spec = BuildSpec(threads=ctx.threads, batch=ctx.config.batch)
         self.base: dict[str, object] = {
@@ -115,8 +116,7 @@ class Meter:
         key = self.key(network=digest(model.SerializeToString().hex()), precision="fp32")
         found = self.ctx.store.get_json("network", key)
         if found is None:
-            protocol = replace(self.protocol, samples=25, min_sample_ms=15.0)
-            found = asdict(self._measure([self.ctx.backend.build(model, self.build_spec)], protocol)[0])
+            found = asdict(self._measure([self.ctx.backend.build(model, self.build_spec)], self.thorough)[0])
             self.ctx.store.put_json("network", key, found)
         return Timing(**found).median_ms
 
@@ -152,7 +152,7 @@ class Meter:
         found = self.ctx.store.get_json("network", key)
         if found is not None:
             return Timing(**{k: v for k, v in found.items() if k != "pace"}), float(found["pace"])
-        timing = self.time([model], replace(self.protocol, samples=25, min_sample_ms=15.0))[0]
+        timing = self.time([model], self.thorough)[0]
         self.ctx.store.put_json("network", key, {**asdict(timing), "pace": self.pace[-1]})
         return timing, self.pace[-1]
 

@@ -11,7 +11,7 @@ from onnx import ModelProto
 from hantc.core.types import Correction, CostTable, Fetching, Plan
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
-from hantc.passes.fetching import steepest
+from hantc.passes.fetching import SUSPECT, fetching_for
 from hantc.passes.glue import teachers_rows
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_plan, parts_of, specs_of, weight_mb
@@ -22,7 +22,6 @@ from hantc.search.problem import Problem, Solution
 # how far from 1 each kind's factor may be expected: borders depend most on what stands beside them
 _SPREAD = {"own": 0.05, "floats": 0.1, "int8": 0.15, "borders": 0.5, "glue": 0.2, "fetching": 0.5}
 _TOGETHER = 0.05  # the same of all kinds: sessions and hours differ by that
-_SUSPECT = 1.05  # of the teacher's parts: what it takes more may be for its weights
 _SIZES = 16
 _EVIDENCE = 4.0  # of another size of the caches than the table's, twice the logarithm of the odds
 _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -104,9 +103,9 @@ def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
         return fit_factors([*parts, astuple(teacher)], measured, list(_SPREAD.values()), _TOGETHER)
 
     fits = {costs.fetching: fitted(costs.fetching)}
-    if seen and now > _SUSPECT * (inside + costs.glue_ms):
+    if seen and now > SUSPECT * (inside + costs.glue_ms):
         held = [costs.fetching.free_mb, *(k / _SIZES * mb for k in range(_SIZES))]
-        fits |= {f: fitted(f) for f in (steepest(now - inside - costs.glue_ms, free, mb) for free in held)}
+        fits |= {f: fitted(f) for f in (fetching_for(now - inside - costs.glue_ms, free, mb) for free in held)}
 
     def unlikely(fetching: Fetching) -> tuple[float, float]:
         """Of sizes that the students do not tell apart, the table's is the likeliest, and what is nearest to it."""

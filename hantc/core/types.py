@@ -172,7 +172,7 @@ class Timing:
     samples: int
 
 
-_WEIGHT_BYTES = {"int8": 1, "fp16": 2, "bf16": 2}
+WEIGHT_BYTES = {"int8": 1, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class CostRow:
     @property
     def weight_mb(self) -> float:
         """Megabytes of weights, as the engine reads them."""
-        return self.params * _WEIGHT_BYTES.get(self.precision, 4) / 1e6
+        return self.params * WEIGHT_BYTES.get(self.precision, 4) / 1e6
 
 
 @dataclass(frozen=True)

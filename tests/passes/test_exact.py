@@ -13,7 +13,7 @@ import torch
 from hantc.backends.predicted import run as run_predicted
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Artefact, BuildSpec
-from hantc.core.types import CandidateSpec, Protocol, Signature, Timing
+from hantc.core.types import CandidateSpec, Fetching, Protocol, Signature, Timing
 from hantc.dialect.conv import Conv
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import trace
@@ -22,6 +22,7 @@ from hantc.ops.registry import build
 from hantc.passes.cost import Cost
 from hantc.passes.distill import Distill
 from hantc.passes.plug import origin_of
+from hantc.passes.select import Select
 from hantc.passes.state import Context, State
 from hantc.pipeline import COMPILE, run_passes
 from tests.passes.conftest import CLASSES, COUNTING, SIZE, STACK, Lab, ToyNet, offer
@@ -74,6 +75,18 @@ def test_without_data_the_faster_form_is_taken(strided: Lab) -> None:
     assert "SpaceToDepth" in {n.op_type for n in state.emitted.graph.node}
     difference = state.summary["max_relative_difference"]
     assert isinstance(difference, float) and difference < 1e-5
+
+
+def test_the_weights_of_an_exact_form_count(strided: Lab) -> None:
+    """It has 4 MB where the teacher has none, of which the caches hold 1."""
+    state, ctx = road(strided, whole=0.5)
+    assert state.costs is not None
+    rows = tuple(replace(r, params=1_000_000 * (r.candidate == "teacher_s2d")) for r in state.costs.rows)
+    held, fetched = (
+        Select._exact(replace(state, costs=replace(state.costs, rows=rows, fetching=f)), ctx).predicted_latency_ms
+        for f in (Fetching(), Fetching(1.0, 0.1))
+    )
+    assert fetched == pytest.approx(held + 0.3)
 
 
 def test_what_gained_nothing_as_a_whole_leaves_no_trace(strided: Lab) -> None:

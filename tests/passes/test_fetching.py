@@ -15,7 +15,15 @@ from onnx import ModelProto, numpy_helper
 from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import ModelError
 from hantc.core.types import Fetching
-from hantc.passes.fetching import Balance, Beginning, Beginnings, balance, fit_fetching, measure_beginnings, steepest
+from hantc.passes.fetching import (
+    Balance,
+    Beginning,
+    Beginnings,
+    balance,
+    fetching_for,
+    fit_fetching,
+    measure_beginnings,
+)
 from hantc.passes.glue import Glue, measure_glue, teachers_rows
 from hantc.passes.meter import Meter
 from tests.passes.conftest import CLASSES
@@ -140,7 +148,7 @@ def test_a_teacher_faster_than_its_parts_fetches_nothing(some: Sequence[Beginnin
 
 @given(st.floats(0.0, 6.0), st.floats(-20.0, 30.0), st.floats(0.5, 30.0))
 def test_memory_is_not_slower_than_a_quarter_of_a_millisecond_a_megabyte(ms: float, held: float, mb: float) -> None:
-    found = steepest(ms, held, mb)
+    found = fetching_for(ms, held, mb)
     assert 0.0 <= found.free_mb <= mb and 0.0 <= found.ms_per_mb <= 0.25
     wanted = min(ms, 0.25 * mb)
     if held >= 0:

@@ -10,7 +10,7 @@ import pytest
 
 from hantc.core.config import Budget
 from hantc.core.errors import BudgetError
-from hantc.core.types import CandidateSpec, Correction, MatchResult, Plan, ScoreRow
+from hantc.core.types import CandidateSpec, Correction, CostTable, Fetching, MatchResult, Plan, ScoreRow
 from hantc.passes.program import make_problem
 from hantc.passes.select import Select
 from hantc.passes.state import Clock, Context, Evaluated, State
@@ -177,6 +177,34 @@ def test_the_corrected_costs_are_the_same_from_the_store(lab: Lab) -> None:
     assert first.costs is not None and again.costs is not None
     assert first.costs.correction != Correction(), "the table was corrected"
     assert again.costs.correction == first.costs.correction
+
+
+def test_what_weights_cost_by_the_students_is_the_same_from_the_store(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(state: State, seen: object) -> CostTable:
+        assert state.costs is not None
+        return replace(state.costs, fetching=Fetching(0.01, 0.2))
+
+    monkeypatch.setattr("hantc.passes.select.corrected", told)
+    ctx = lab.fresh(budget=Budget(fraction=0.5))
+    state = replace(lab.scored, costs=replace(lab.scored.costs, scale=0.5))  # type: ignore[type-var]
+    select(state, ctx)
+    forbid(monkeypatch)
+    again, _ = select(state, lab.fresh(budget=Budget(fraction=0.5), store=ctx.store))
+    assert again.costs is not None and again.costs.fetching == Fetching(0.01, 0.2)
+
+
+@pytest.mark.parametrize("other", [{"fetching": Fetching(0.0, 0.01)}, {"correction": Correction(own=1.2)}])
+def test_another_table_is_another_question(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, other: dict[str, Fetching | Correction]
+) -> None:
+    ctx = lab.fresh(budget=Budget(fraction=0.5))
+    select(lab.scored, ctx)
+    forbid(monkeypatch)
+    state = replace(lab.scored, costs=replace(lab.scored.costs, **other))  # type: ignore[type-var]
+    with pytest.raises(AssertionError, match="measured again"):
+        select(state, lab.fresh(budget=Budget(fraction=0.5), store=ctx.store))
 
 
 def test_a_budget_out_of_reach_is_an_error_that_names_the_nearest(lab: Lab) -> None:
