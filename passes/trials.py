@@ -24,6 +24,8 @@ _SPREAD = {"own": 0.05, "floats": 0.1, "int8": 0.15, "borders": 0.5, "glue": 0.2
 _TOGETHER = 0.05  # the same of all kinds: sessions and hours differ by that
 _SIZES = 16
 _EVIDENCE = 4.0  # of another size of the caches than the table's, twice the logarithm of the odds
+_SAMPLES = (8, 25)  # of each student that is timed: fewer where the run's time is short
+_LEFT_S = 25.0  # of the time left, for each of them: restless machines spend 0.8 % of it on a student, and time twenty
 _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -67,7 +69,9 @@ def time_students(state: State, ctx: Context, plans: Sequence[Plan], models: Seq
     if not plans:
         return []
     meter, original = Meter(ctx), emit(state.network).model
-    protocol = ctx.protocol(warmup=3, samples=25, min_sample_ms=12.0)
+    least, most = _SAMPLES
+    samples = int(min(max(ctx.clock.remaining() / _LEFT_S, least), most))
+    protocol = ctx.protocol(warmup=3, samples=samples, min_sample_ms=12.0)
     with ctx.reporter.bar(f"timing {len(plans)} students", 1.0) as bar:
         # in pairs: in a round of ten a large teacher finds the caches cold each time, and looks slower than it is
         pairs = []

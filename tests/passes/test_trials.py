@@ -12,8 +12,9 @@ import pytest
 
 from hantc.core.backend_api import Artefact
 from hantc.core.types import Correction, Fetching, Plan, Protocol, Timing, untouched
+from hantc.passes.meter import Meter
 from hantc.passes.program import make_plan, make_problem, parts_of, weight_mb
-from hantc.passes.state import Evaluated, State
+from hantc.passes.state import Clock, Evaluated, State
 from hantc.passes.trials import corrected, measure_students, trials
 from hantc.search.ilp import solve_diverse
 from hantc.search.problem import make_solution
@@ -171,6 +172,24 @@ def test_with_a_table_from_a_file_the_teacher_is_the_clock(lab: Lab) -> None:
     assert slow == pytest.approx(calm)
     crowded = students(lab, Crowded(1.2), lut=Path("table.json"))
     assert crowded == pytest.approx([ms / 1.2 for ms in calm])
+
+
+@pytest.mark.parametrize(("limit_s", "samples"), [(1e6, 25), (400.0, 15), (1.0, 8)])
+def test_students_are_timed_the_shorter_the_less_time_is_left(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, limit_s: float, samples: int
+) -> None:
+    asked: list[int] = []
+
+    def watched(meter: Meter, models: Sequence[object], protocol: Protocol) -> list[Timing]:
+        asked.append(protocol.samples)
+        return [Timing(1.0, 0.0, 1)] * len(models)
+
+    monkeypatch.setattr(Meter, "time", watched)
+    ctx = replace(lab.fresh(), clock=Clock(limit_s))
+    assert lab.scored.costs is not None
+    problem = make_problem(lab.scored, 0.7 * lab.scored.costs.teacher_ms)
+    measure_students(lab.scored, ctx, problem, solve_diverse(problem, 1))
+    assert len(asked) == 1 and asked[0] in (samples, samples - 1), "a moment has passed"
 
 
 def test_correcting_by_nothing_changes_nothing() -> None:
