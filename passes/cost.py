@@ -107,6 +107,7 @@ class Cost:
             pace=pace,
             fp32_ms=fp32_ms,
             fetching=found.fetching,
+            pinned=bool(ctx.cores),
         )
 
     @staticmethod
@@ -115,7 +116,8 @@ class Cost:
         assert state.match is not None
         lut = read_lut(path)
         device = ctx.capabilities.device
-        lut.check_device(device, backend=ctx.backend.name, threads=ctx.threads, batch=ctx.config.batch)
+        pinned = lut.table.pinned if ctx.from_table else bool(ctx.cores)
+        lut.check_device(device, backend=ctx.backend.name, threads=ctx.threads, batch=ctx.config.batch, pinned=pinned)
         lut.check_regions(state.match.regions)
         known = {(r.region, r.candidate) for r in lut.table.rows if r.precision in ctx.precisions}
         proposals = tuple(p for p in state.proposals or () if (p.region, p.spec.name) in known)

@@ -20,11 +20,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
 from hantc.core.errors import HantcError
-from hantc.core.types import WEIGHT_BYTES, CostRow, Fetching, Region, digest, untouched
+from hantc.core.types import UNUSABLE_MS, WEIGHT_BYTES, CostRow, Fetching, Region, digest, untouched
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import cut, shapes_of
-from hantc.passes.glue import UNUSABLE_MS, Glue, line_of, teachers_rows
+from hantc.passes.glue import Glue, line_of, teachers_rows
 from hantc.passes.meter import Meter
 from hantc.passes.state import State
 

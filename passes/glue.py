@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hantc.core.errors import HantcError
-from hantc.core.types import CostRow, CostTable, MatchResult, Region, digest, untouched
+from hantc.core.types import UNUSABLE_MS, CostRow, CostTable, MatchResult, Region, digest, untouched
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import cut, shapes_of
@@ -19,7 +19,6 @@ from hantc.passes.frames import handed_through
 from hantc.passes.meter import Meter, Work
 from hantc.passes.state import State
 
-UNUSABLE_MS = 1e8  # and more stands for what could not be timed
 _BATCH = 2  # so that a dim that follows the batch shows
 _NAME = "glue"
 

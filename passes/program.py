@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from hantc.core.types import CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
-from hantc.passes.glue import UNUSABLE_MS, glue_shares
+from hantc.core.types import UNUSABLE_MS, CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
+from hantc.passes.glue import glue_shares
 from hantc.passes.limits import Allowance
 from hantc.passes.state import State
 from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean

@@ -12,8 +12,8 @@ import pytest
 
 from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
 from hantc.core.errors import UsageError
-from hantc.core.lut import merge, read_lut, write_lut
-from hantc.core.types import digest
+from hantc.core.lut import compare, merge, read_lut, write_lut
+from hantc.core.types import Fetching, digest
 
 if TYPE_CHECKING:
     from tests.conftest import Compiled, Result, Tiny
@@ -59,6 +59,19 @@ def test_lut_round_trip(compiled: Compiled, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="batch 1 there, 8 here"):
         lut.check_device(lut.device, backend="onnxruntime", threads=1, batch=8)
     lut.check_device(lut.device, backend="onnxruntime", threads=1, batch=1)
+
+
+def test_a_table_of_pinned_threads_is_not_one_of_others(
+    attempt: Callable[..., Result], compiled: Compiled, cli: Cli, tmp_path: Path
+) -> None:
+    source, other = compiled.folder / "lut.json", tmp_path / "pinned.json"
+    lut = read_lut(source)
+    assert lut.table.pinned is False
+    write_lut(other, replace(lut.table, pinned=True), lut.device)
+    assert "pinned True there, False here" in attempt("--lut", other, "--threads", "1").err
+    assert cli("lut", "show", other, "--json").json()["pinned"] is True
+    assert any("pinned" in line for line in cli("lut", "diff", source, other, "--json").json()["conditions"])
+    assert cli("lut", "merge", source, other, "--out", tmp_path / "c.json").code == 2
 
 
 def test_profile_needs_a_file_to_write(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
@@ -166,10 +179,32 @@ def test_figures_that_are_none(compiled: Compiled, cli: Cli, tmp_path: Path, key
 
 def test_of_equal_rows_the_better_measured_stays(compiled: Compiled, tmp_path: Path) -> None:
     lut = read_lut(compiled.folder / "lut.json")
-    more = tuple(replace(r, latency_ms=3.0, samples=r.samples + 1) for r in lut.table.rows)
+    own = [r.candidate == "teacher" for r in lut.table.rows]
+    found = [r.latency_ms if mine else 3.0 for r, mine in zip(lut.table.rows, own, strict=True)]
+    more = tuple(replace(r, latency_ms=ms, samples=r.samples + 1) for r, ms in zip(lut.table.rows, found, strict=True))
     other = replace(lut, table=replace(lut.table, rows=more))
-    assert {r.latency_ms for r in merge([lut, other]).rows} == {3.0}
-    assert merge([other, lut]).rows == more
+    assert merge([lut, other]).rows == more == merge([other, lut]).rows
+
+
+def test_a_crowded_host_does_not_move_what_is_timed_apart(compiled: Compiled, cli: Cli, tmp_path: Path) -> None:
+    """The whole teacher took half as long again: its weights missed the caches, and no row suffers from that."""
+    source, other = compiled.folder / "lut.json", tmp_path / "crowded.json"
+    lut = read_lut(source)
+    crowded = replace(lut.table, teacher_ms=1.5 * lut.table.teacher_ms, fetching=Fetching(0.0, 0.2))
+    more = replace(crowded, rows=tuple(replace(r, samples=r.samples + 1) for r in crowded.rows))
+    write_lut(other, more, lut.device)
+    assert cli("lut", "diff", source, other, "--json").json()["clock_factor"] == pytest.approx(1.0)
+    assert cli("lut", "merge", source, other, "--out", tmp_path / "c.json").code == 0
+    made = read_lut(tmp_path / "c.json").table
+    assert [r.latency_ms for r in made.rows] == pytest.approx([r.latency_ms for r in lut.table.rows])
+    assert made.teacher_ms == lut.table.teacher_ms and made.fetching == lut.table.fetching
+
+
+def test_tables_without_a_common_region_meet_at_the_whole_teacher(compiled: Compiled, tmp_path: Path) -> None:
+    lut = read_lut(compiled.folder / "lut.json")
+    untimed = tuple(replace(r, latency_ms=1e9) if r.candidate == "teacher" else r for r in lut.table.rows)
+    first = replace(lut, table=replace(lut.table, rows=untimed, teacher_ms=2 * lut.table.teacher_ms))
+    assert compare(first, lut).factor == pytest.approx(2.0)
 
 
 def test_diff_finds_the_row_that_differs(compiled: Compiled, cli: Cli, tmp_path: Path) -> None:

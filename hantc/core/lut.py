@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hantc.core.atomic import to_jsonable, write_json
 from hantc.core.errors import UsageError
-from hantc.core.types import CostTable, Device, Region, digest, untouched
+from hantc.core.types import UNUSABLE_MS, CostRow, CostTable, Device, Region, digest, untouched
 
 SCHEMA_VERSION = 1
 _MEASURE = "measure here: hantc profile MODEL --target TARGET [--backend B] --lut FILE"
@@ -31,11 +31,12 @@ class Lut:
     table: CostTable
     device: Device
 
-    def check_device(self, device: Device, *, backend: str, threads: int, batch: int) -> None:
+    def check_device(self, device: Device, *, backend: str, threads: int, batch: int, pinned: bool = False) -> None:
         """UsageError, naming each difference, unless the rows hold for this device and these settings."""
         pairs = [(f.name, getattr(self.device, f.name), getattr(device, f.name)) for f in fields(Device)]
         for name, here in (("backend", backend), ("threads", threads), ("batch", batch)):
             pairs += [(name, there, here) for there in sorted({getattr(r, name) for r in self.table.rows}, key=str)]
+        pairs.append(("pinned", self.table.pinned, pinned))
         # versions are (library, version) pairs; compared as written, since JSON has no tuples
         wrong = [(n, a, b) for n, a, b in pairs if to_jsonable(a) != to_jsonable(b)]
         if not wrong and any(r.device != digest(device) for r in self.table.rows):
@@ -117,7 +118,7 @@ def conditions(lut: Lut) -> dict[str, object]:
     found: dict[str, object] = {f.name: getattr(lut.device, f.name) for f in fields(Device)}
     for name in ("backend", "threads", "batch"):
         found[name] = tuple(sorted({getattr(r, name) for r in lut.table.rows}, key=str))
-    return found
+    return {**found, "pinned": lut.table.pinned}
 
 
 def differences(a: Lut, b: Lut) -> list[str]:
@@ -136,8 +137,8 @@ def regions_of(lut: Lut) -> dict[str, tuple[int, int]]:
 
 
 def merge(luts: Sequence[Lut]) -> CostTable:
-    """One table of several that were measured alike, on the first one's clock: the teacher's latency in each tells how
-    fast the machine was. Of a row that several have, the one with the most samples stays (of equals the first).
+    """One table of several that were measured alike, on the first one's `_clock`. Of a row that several have, the one
+    with the most samples stays (of equals the first).
 
     UsageError if device, settings or network differ.
     """
@@ -150,7 +151,7 @@ def merge(luts: Sequence[Lut]) -> CostTable:
             raise UsageError(f"measured under other conditions: {'; '.join(wrong)}", where=where, hint=_MEASURE)
         if regions_of(other) != regions_of(first):
             raise UsageError("the tables are of two networks: their regions differ", where=where)
-        factor = first.table.teacher_ms / other.table.teacher_ms
+        factor = _clock(first.table, other.table)
         for r in other.table.rows:
             key = (r.region, r.candidate, r.precision)
             if key not in rows or r.samples > rows[key].samples:
@@ -160,6 +161,21 @@ def merge(luts: Sequence[Lut]) -> CostTable:
     known = {(region, candidate) for region, candidate, _ in rows}
     left = tuple(s for s in skipped if (s[0], s[1]) not in known)
     return replace(first.table, rows=tuple(rows.values()), transitions=tuple(borders.items()), skipped=left)
+
+
+def _clock(first: CostTable, other: CostTable) -> float:
+    """What brings the other one's rows onto the first one's clock: the teacher's own regions tell how fast the machine
+    was, each timed apart as all rows are. The whole teacher tells what others did to the caches as well, which rows do
+    not suffer from; it is asked where the tables share none of its regions."""
+    here, there = first.by_key(), other.by_key()
+    both = [k for k in here if k in there and untouched(*k[1:])]
+    own = [k for k in both if max(_ms(here, k), _ms(there, k)) < UNUSABLE_MS]
+    mine, theirs = (math.fsum(_ms(rows, k) for k in own) for rows in (here, there))
+    return mine / theirs if mine > 0 and theirs > 0 else first.teacher_ms / other.teacher_ms
+
+
+def _ms(rows: Mapping[tuple[str, str, str], CostRow], key: tuple[str, str, str]) -> float:
+    return rows[key].latency_ms
 
 
 @dataclass(frozen=True)
@@ -185,7 +201,7 @@ def compare(a: Lut, b: Lut) -> Compared:
         where = f"hantc lut diff {a.path} {b.path}"
         raise UsageError("the tables are of two networks: their regions differ", where=where)
     here, there = a.table.by_key(), b.table.by_key()
-    factor = a.table.teacher_ms / b.table.teacher_ms
+    factor = _clock(a.table, b.table)
     both = [key for key in here if key in there]
     rows = tuple((*key, here[key].latency_ms, factor * there[key].latency_ms) for key in both)
     return Compared(rows, (len(here) - len(both), len(there) - len(both)), tuple(differences(a, b)), factor)

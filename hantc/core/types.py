@@ -173,6 +173,7 @@ class Timing:
 
 
 WEIGHT_BYTES = {"int8": 1, "fp16": 2, "bf16": 2}
+UNUSABLE_MS = 1e8  # and more stands for what could not be timed
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ class CostTable:
     pace: float = 1.0  # milliseconds of the clock on the wall, when the teacher was timed, in one of the table's
     fp32_ms: float | None = None  # the teacher in FP32, where `teacher_ms` is in BF16
     fetching: Fetching = Fetching()
+    pinned: bool = False  # whether threads were kept on cores of their own
 
     @property
     def reference_ms(self) -> float:

@@ -11,10 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hantc.core.lut import Compared, Lut, conditions
-from hantc.core.types import CostRow, untouched
+from hantc.core.types import UNUSABLE_MS, CostRow, untouched
 
 _SHOWN = 20  # rows of a comparison, those that differ most
-_UNUSABLE_MS = 1e8  # what could not be timed
 
 
 def lut_data(lut: Lut) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def lut_table(lut: Lut) -> Group:
     """`lut_data` as tables."""
     data = lut_data(lut)
     head = Table("what", "value", title=Text(data["lut"]))
-    for name in ("cpu", "flags", "cores", "versions", "backend", "threads", "batch"):
+    for name in ("cpu", "flags", "cores", "versions", "backend", "threads", "batch", "pinned"):
         head.add_row(name, Text(_plain(data[name])))
     head.add_row("teacher", f"{data['teacher_ms']:.3f} ms, {data['glue_ms']:.3f} ms of it outside all regions")
     if data["fetching"]["ms_per_mb"]:
@@ -96,7 +95,7 @@ def diff_table(found: Compared) -> Group:
 
 
 def _ms(value: float | None) -> str:
-    return "–" if value is None or value >= _UNUSABLE_MS else f"{value:.4f}"
+    return "–" if value is None or value >= UNUSABLE_MS else f"{value:.4f}"
 
 
 def _plain(value: Any) -> str:

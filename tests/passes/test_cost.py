@@ -13,12 +13,13 @@ from torch import fx
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Capabilities
 from hantc.core.errors import HantcError, UnsupportedError
-from hantc.core.types import CandidateSpec
+from hantc.core.types import CandidateSpec, Fetching
 from hantc.dialect import emitter
 from hantc.ops.registry import build
 from hantc.passes import cost
 from hantc.passes.ceilings import ceilings_of
 from hantc.passes.cost import Cost
+from hantc.passes.fetching import Balance
 from hantc.passes.meter import Meter, Work
 from hantc.passes.propose import Propose
 from tests.passes.conftest import COUNTING
@@ -120,6 +121,16 @@ def test_counted_figures_follow_the_products(lab: Lab) -> None:
             # 10⁹ operations a second, two of them a product; activations and sums come on top
             assert 2 * row.macs / 1e6 <= row.latency_ms <= 2 * row.macs / 1e6 * 1.1 + 0.01
     assert {k for k in rows if k[1] == "identity"} == {(r, "identity", "fp32") for r in ("r01", "r03")}
+
+
+def test_the_table_has_what_weights_cost(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "balance", lambda *_: Balance(0.1, 1.2, Fetching(0.001, 0.2)))
+    table = Cost().call(replace(lab.costed, costs=None), lab.fresh()).costs
+    assert table is not None
+    assert (table.glue_ms, table.scale, table.fetching) == (0.1, 1.2, Fetching(0.001, 0.2))
+    assert table.pinned is False
+    pinned = Cost().call(replace(lab.costed, costs=None), replace(lab.fresh(), cores=(0,))).costs
+    assert pinned is not None and pinned.pinned
 
 
 def test_regions_and_glue_make_up_the_network(lab: Lab) -> None:
