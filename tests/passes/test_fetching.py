@@ -206,6 +206,11 @@ def test_beginnings_are_timed_where_the_teacher_takes_long(lab: Lab) -> None:
     picky = Meter(lab.fresh(backend=Forgetful(20.0, refuses_above=0.7 * last.together_ms)))
     fewer = measure_beginnings(picky, state, rows, glue, 2 * parts)
     assert fewer is not None and 0 < len(fewer.some) < len(some), "the engine does not take them all"
+    # nearly all weights at once, in what takes hardly any time: most beginnings would say nothing of the whole
+    early = [replace(r, latency_ms=0.01, params=9_000_000) if k == 0 else r for k, r in enumerate(rows)]
+    late = measure_beginnings(meter, state, early, glue, 2 * parts)
+    assert late is not None and late.some
+    assert all(b.apart_ms >= 0.2 * late.some[-1].apart_ms for b in late.some)
     rows[0] = replace(rows[0], latency_ms=1e9)
     assert measure_beginnings(meter, state, rows, glue, 2 * parts) is None, "nor one of the regions alone"
 

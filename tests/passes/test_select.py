@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, replace
+from dataclasses import astuple, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -233,6 +233,20 @@ def test_a_budget_missed_by_no_more_than_measuring_can_be_wrong_is_tried(lab: La
     assert 1 < plan.predicted_latency_ms / plan.budget_ms <= 1.1
     with pytest.raises(BudgetError):
         select(state, lab.fresh(precisions=("fp32",), budget=Budget(fraction=least / 1.3)))
+
+
+def test_a_budget_of_the_teachers_own_latency_is_met_whatever_the_corrected_table_says(lab: Lab) -> None:
+    """Students corrected it upwards: now the fastest selection seems to take longer than the teacher was measured."""
+    state = in_fp32(lab)
+    assert state.costs is not None
+    least = reachable(make_problem(state, math.inf))[0] / state.costs.teacher_ms
+    dear = Correction(*(2.0 / least for _ in fields(Correction)))
+    _, plan = select(
+        replace(state, costs=replace(state.costs, correction=dear)),
+        lab.fresh(precisions=("fp32",), budget=Budget(fraction=1.0)),
+    )
+    assert plan.budget_ms == pytest.approx(state.costs.teacher_ms)
+    assert plan.predicted_latency_ms == pytest.approx(plan.budget_ms), "students that were timed say otherwise"
 
 
 def test_the_fastest_within_the_allowed_drop(lab: Lab) -> None:
