@@ -107,16 +107,18 @@ def written(
 
 def timed(
     state: State, ctx: Context, problem: Problem, students: Sequence[tuple[str, Solution, ModelProto]], passes: int
-) -> list[Evaluated]:
-    """What the students take: the medians of `passes` through all of them, so that what happens on the host at one time
-    or another happens to all alike."""
+) -> list[list[Evaluated]]:
+    """What the students take, each of them in each of `passes` through all of them: what happens on the host at one
+    time or another happens to all alike."""
     plans = [make_plan(state, problem, s) for _, s, _ in students]
     rounds = [time_students(state, ctx, plans, [m for *_, m in students]) for _ in range(passes)]
-    middle = statistics.median
-    return [
-        replace(own[0], measured_ms=middle(e.measured_ms for e in own), teacher_ms=middle(e.teacher_ms for e in own))
-        for own in zip(*rounds, strict=True)
-    ]
+    return [list(own) for own in zip(*rounds, strict=True)]
+
+
+def middle(own: Sequence[Evaluated]) -> Evaluated:
+    """The median of what a student, and the teacher beside it, took."""
+    measured = statistics.median(e.measured_ms for e in own)
+    return replace(own[0], measured_ms=measured, teacher_ms=statistics.median(e.teacher_ms for e in own))
 
 
 def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
@@ -124,7 +126,9 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
     "probe" are what the correction was fitted to."""
     with tempfile.TemporaryDirectory() as folder:
         store = args.store or Path(folder) / "store"
-        options = {"target": args.target, "effort": args.effort, "out": Path(folder) / "out", "store": store}
+        # no student is timed in haste
+        options: dict[str, Any] = {"time_limit": 86400.0}
+        options |= {"target": args.target, "effort": args.effort, "out": Path(folder) / "out", "store": store}
         options |= {"threads": args.threads} if args.threads else {}
         state, ctx = prepare(make_config(model, **options, backend=args.backend), reporter, measure_only=True)
         state, timings = run_passes(PROFILE, state, ctx)
@@ -139,17 +143,19 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
         probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
         state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
         students = written(state, ctx, problem, [*(("probe", s) for s in probes), *drawn])
-        found = timed(state, ctx, problem, students, args.passes)
+        times = timed(state, ctx, problem, students, args.passes)
+        found = [middle(own) for own in times]
         assert state.costs is not None and state.match is not None
         tried = [e for (kind, *_), e in zip(students, found, strict=True) if kind == "probe"]
         costs = corrected(state, trials(state, tried))
         fixed = make_problem(replace(state, costs=costs), math.inf)
-        for (kind, s, _), e in zip(students, found, strict=True):
+        for (kind, s, _), e, own in zip(students, found, times, strict=True):
             after = make_solution(fixed, s.items, optimal=False, gap=math.inf).cost
             facts = {"model": Path(model).stem, "kind": kind, "teacher_ms": e.teacher_ms}
             picks = [str(problem.items[i]) for i in s.items]
             facts |= {"before": s.cost, "after": after, "measured": e.measured_ms, "picks": picks}
             parts = parts_of(state.match, state.costs, e.plan)
+            facts |= {"times": [(o.measured_ms, o.teacher_ms) for o in own]}
             facts |= {"scale": state.costs.scale, "fetching": asdict(state.costs.fetching)}
             records.append({**facts, "parts": parts, "glue_ms": state.costs.glue_ms})
         return records
