@@ -18,6 +18,7 @@ from hantc.core.errors import HantcError, UnsupportedError, UsageError
 from hantc.core.lut import read_lut
 from hantc.core.progress import Bar
 from hantc.core.types import CandidateSpec, CostRow, CostTable, Region, Signature, digest
+from hantc.dialect.alike import work_digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import cut
 from hantc.dialect.qdq import MIN_OPSET, quantize_for_timing
@@ -31,7 +32,7 @@ from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
-_VERSION = 4  # of what a table is made of beyond its rows: those made otherwise are not taken up again
+_VERSION = 5  # of what a table is made of beyond its rows: those made otherwise are not taken up again
 _SLACK = 0.8  # the peak may have been measured in a slower minute than the one that rows are scaled to
 
 
@@ -55,10 +56,10 @@ class Cost:
         if table is None:
             before = len(ctx.notes)
             table = self._measure(state, ctx, meter, model)
+            if meter.restless:  # of a table that is taken up again, too
+                ctx.note(meter.restless)
             if all(r.predicted or r.samples > 0 for r in table.rows):  # what could not be timed is tried again
                 ctx.store.put_json("table", key, to_jsonable({"table": table, "notes": ctx.notes[before:]}))
-        if meter.restless:
-            ctx.reporter.warn(meter.restless)
         paces = [round(p, 3) for p in meter.pace]
         facts: dict[str, Any] = {"measured": meter.measured, "teacher_ms": table.teacher_ms, "glue_ms": table.glue_ms}
         facts |= {"scale": table.scale, "fetching": asdict(table.fetching)}
@@ -108,6 +109,7 @@ class Cost:
             fp32_ms=fp32_ms,
             fetching=found.fetching,
             pinned=bool(ctx.cores),
+            clock_ms=meter.reference_ms if meter.steady else None,
         )
 
     @staticmethod
@@ -155,7 +157,7 @@ class Cost:
         assert state.network is not None
         part = cut(state.network, region.input, region.output, region.in_shape, region.out_shape)
         model = emit(part).model
-        name = digest(model.SerializeToString().hex())
+        name = work_digest(model)  # blocks that are alike are timed once
         work = []
         for precision in ctx.precisions:
             key = meter.key(teacher=name, precision=precision)

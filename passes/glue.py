@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hantc.core.errors import HantcError
-from hantc.core.types import UNUSABLE_MS, CostRow, CostTable, MatchResult, Region, digest, untouched
+from hantc.core.types import UNUSABLE_MS, CostRow, CostTable, MatchResult, Region, untouched
+from hantc.dialect.alike import work_digest
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import cut, shapes_of
@@ -95,7 +96,7 @@ def measure_glue(meter: Meter, state: State, rows: Sequence[CostRow]) -> Glue | 
             model = emit(cut(network, entry, exit_, a[1:], b[1:])).model
         except HantcError:  # something else feeds it: not a row
             return None
-        key = meter.key(glue=digest(model.SerializeToString().hex()))
+        key = meter.key(glue=work_digest(model))
         blank = replace(rows[0], region=_NAME, candidate=f"{entry}:{exit_}", precision=meter.ctx.base)
         work.append(Work(key, blank, model, a[1:] == b[1:], a[1:], b[1:]))
         places.append(place)

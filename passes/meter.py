@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import HantcError
-from hantc.core.types import CostRow, Protocol, Shape, Timing, digest
+from hantc.core.types import CostRow, CostTable, Protocol, Shape, Timing, digest
 from hantc.dialect.floats import in_bf16
 from hantc.dialect.half import to_fp16
 from hantc.dialect.qdq import QuantSpec
@@ -92,13 +92,20 @@ class Meter:
             self._canary: Artefact | None = self._build(_canary_model())
         except HantcError:  # a backend that lacks one of its operations: figures are as the clock gives them
             self._canary = None
-        self._reference_ms = self._reference()
-        self.base["reference_ms"] = self._reference_ms  # rows hold beside the reference that they were scaled to
+        self.reference_ms = self._reference()
+        self.base["reference_ms"] = self.reference_ms  # rows hold beside the reference that they were scaled to
 
     @property
     def steady(self) -> bool:
         """Whether figures are scaled to one clock, whatever the machine's speed."""
         return self._canary is not None
+
+    def on_clock_of(self, table: CostTable) -> float | None:
+        """What turns the meter's figures into milliseconds of a table's clock, which may be that of another store's
+        reference; None where one of them has no reference network."""
+        if not self.steady or self.ctx.config.lut is None:
+            return 1.0 if self.steady else None
+        return None if table.clock_ms is None else table.clock_ms / self.reference_ms
 
     def key(self, **what: object) -> str:
         return digest({**self.base, **what})
@@ -126,7 +133,7 @@ class Meter:
             return self.ctx.backend.measure(artefacts, protocol)
         # twice in each round: all figures of the group depend on it
         *timings, first, second = self.ctx.backend.measure([*artefacts, self._canary, self._canary], protocol)
-        pace = (first.median_ms + second.median_ms) / 2 / self._reference_ms
+        pace = (first.median_ms + second.median_ms) / 2 / self.reference_ms
         self.pace.append(pace)
         return [replace(t, median_ms=t.median_ms / pace, iqr_ms=t.iqr_ms / pace) for t in timings]
 

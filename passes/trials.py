@@ -78,11 +78,10 @@ def time_students(state: State, ctx: Context, plans: Sequence[Plan], models: Seq
         for model in models:
             pairs.append(meter.time([original, model], protocol))
             bar.advance(1 / len(plans))
-    # the meter has them on the table's own clock already, the reference network's; the teacher is one only where there
-    # is no such network: its many weights suffer more than students' where others use the caches and the memory too. A
-    # table from a file may be on another store's reference
-    wanted, steady = state.costs.teacher_ms, meter.steady and ctx.config.lut is None
-    paces = [1.0 if steady else wanted / teacher.median_ms for teacher, _ in pairs]
+    # the reference network is the clock; the teacher is one only where there is no such network: its many weights
+    # suffer more than students' where others use the caches and the memory too
+    wanted, clock = state.costs.teacher_ms, meter.on_clock_of(state.costs)
+    paces = [wanted / teacher.median_ms if clock is None else clock for teacher, _ in pairs]
     return [
         Evaluated(p, student.median_ms * pace, teacher.median_ms * pace, None, None)
         for p, (teacher, student), pace in zip(plans, pairs, paces, strict=True)

@@ -39,6 +39,10 @@ class Lut:
         pairs.append(("pinned", self.table.pinned, pinned))
         # versions are (library, version) pairs; compared as written, since JSON has no tuples
         wrong = [(n, a, b) for n, a, b in pairs if to_jsonable(a) != to_jsonable(b)]
+        if [n for n, *_ in wrong] == ["pinned"]:
+            hint = "--pin" if self.table.pinned else "leave --pin (or the target's pin = true) out"
+            why = f"its threads were {'' if self.table.pinned else 'not '}kept on cores of their own"
+            raise UsageError(why, where=f"--lut {self.path}", hint=f"{hint}; or {_MEASURE}")
         if not wrong and any(r.device != digest(device) for r in self.table.rows):
             raise UsageError("its rows were measured on several devices", where=f"--lut {self.path}", hint=_MEASURE)
         if wrong:
@@ -93,6 +97,8 @@ def read_lut(path: Path) -> Lut:
         raise UsageError("holds no rows", where=where, hint=hint)
     factors = {f"correction.{k}": v for k, v in asdict(table.correction).items()}
     whole = {"teacher_ms": table.teacher_ms, "fp32_ms": table.reference_ms}
+    if table.clock_ms is not None:
+        whole["clock_ms"] = table.clock_ms
     for name, x in {**whole, "scale": table.scale, "pace": table.pace, **factors}.items():
         if not (math.isfinite(x) and x > 0):
             raise UsageError(f"holds a wrong entry, {name}: {x}", where=where, hint=hint)
@@ -118,7 +124,8 @@ def conditions(lut: Lut) -> dict[str, object]:
     found: dict[str, object] = {f.name: getattr(lut.device, f.name) for f in fields(Device)}
     for name in ("backend", "threads", "batch"):
         found[name] = tuple(sorted({getattr(r, name) for r in lut.table.rows}, key=str))
-    return {**found, "pinned": lut.table.pinned}
+    own = {r.precision for r in lut.table.rows if untouched(r.candidate, r.precision)}
+    return {**found, "pinned": lut.table.pinned, "floats": tuple(sorted(own))}
 
 
 def differences(a: Lut, b: Lut) -> list[str]:
@@ -155,7 +162,8 @@ def merge(luts: Sequence[Lut]) -> CostTable:
         for r in other.table.rows:
             key = (r.region, r.candidate, r.precision)
             if key not in rows or r.samples > rows[key].samples:
-                rows[key] = replace(r, latency_ms=factor * r.latency_ms, iqr_ms=factor * r.iqr_ms)
+                timed = r.latency_ms < UNUSABLE_MS
+                rows[key] = replace(r, latency_ms=factor * r.latency_ms, iqr_ms=factor * r.iqr_ms) if timed else r
         borders = {**{shape: factor * ms for shape, ms in other.table.transitions}, **borders}
         skipped += [s for s in other.table.skipped if s not in skipped]
     known = {(region, candidate) for region, candidate, _ in rows}

@@ -244,6 +244,7 @@ class CostTable:
     fp32_ms: float | None = None  # the teacher in FP32, where `teacher_ms` is in BF16
     fetching: Fetching = Fetching()
     pinned: bool = False  # whether threads were kept on cores of their own
+    clock_ms: float | None = None  # of the reference network, that the table's milliseconds are measured by
 
     @property
     def reference_ms(self) -> float:

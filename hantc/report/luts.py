@@ -51,8 +51,12 @@ def lut_table(lut: Lut) -> Group:
     """`lut_data` as tables."""
     data = lut_data(lut)
     head = Table("what", "value", title=Text(data["lut"]))
-    for name in ("cpu", "flags", "cores", "versions", "backend", "threads", "batch", "pinned"):
+    for name in ("cpu", "flags", "cores", "versions", "backend", "threads", "batch", "pinned", "floats"):
         head.add_row(name, Text(_plain(data[name])))
+    if data["predicted"]:
+        head.add_row(
+            "predicted", f"{data['predicted']} of {data['rows']} rows, from a model of the machine, not a clock"
+        )
     head.add_row("teacher", f"{data['teacher_ms']:.3f} ms, {data['glue_ms']:.3f} ms of it outside all regions")
     if data["fetching"]["ms_per_mb"]:
         of = "{ms_per_mb:.3f} ms for each MB of the regions' weights above {free_mb:.1f}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from torch import fx
 
 from hantc.backends.roofline.backend import RooflineBackend
@@ -63,6 +65,23 @@ def test_real_figures_are_measured_once(lab: Lab, monkeypatch: pytest.MonkeyPatc
     assert rest is not None
     assert rest.rows == tuple(r for r in first.rows if (r.region, r.candidate) not in left)
     assert set(built) == {"identity"}, "which has no figure in INT8"
+
+
+def test_a_teacher_trained_anew_takes_the_time_that_it_took(lab: Lab) -> None:
+    """And so do blocks that are alike: a file's time hangs on what it computes, not on its weights."""
+    ctx = lab.fresh()
+    state = replace(lab.costed, costs=None)
+    first = Cost().call(state, ctx).costs
+    measured = ctx.reporter.last("cost")["measured"]  # type: ignore[attr-defined]
+    other = copy.deepcopy(state.network)
+    assert other is not None and first is not None and measured > 0
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    again = lab.fresh(store=ctx.store)
+    found = Cost().call(replace(state, network=other), again).costs
+    assert found is not None and found.rows == first.rows
+    assert again.reporter.last("cost")["measured"] == 0  # type: ignore[attr-defined]
 
 
 def test_a_table_at_hand_says_what_the_first_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
