@@ -226,11 +226,14 @@ def cmd_profile(argv: Sequence[str]) -> int:
     with TemporaryDirectory() as place:  # a run's log and graph dumps, which nobody asked for
         args.lut, args.out = None, place
         args.model = model_file(args.model, Path(place) / "named", quiet=args.json)
-        costs, device = profile_config(config_of(args), RichReporter(quiet=args.json))
+        costs, device, notes = profile_config(config_of(args), RichReporter(quiet=args.json))
     write_lut(lut, costs, device)
     if args.json:
-        return print_json({"lut": str(lut), "rows": len(costs.rows), "teacher_ms": costs.teacher_ms})
-    sys.stdout.write(f"{len(costs.rows)} rows, teacher {costs.teacher_ms:.3f} ms: {lut}\n")
+        facts = {"lut": str(lut), "rows": len(costs.rows), "teacher_ms": costs.teacher_ms}
+        return print_json({**facts, "predicted": sum(r.predicted for r in costs.rows), "notes": notes})
+    how = " (predicted, not measured)" if all(r.predicted for r in costs.rows) else ""
+    sys.stdout.write(f"{len(costs.rows)} rows, teacher {costs.teacher_ms:.3f} ms{how}: {lut}\n")
+    sys.stdout.writelines(f"note: {text}\n" for text in notes)
     return DONE
 
 

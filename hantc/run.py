@@ -90,13 +90,14 @@ def compile_config(
     return Run(config.out, summary, state.student)
 
 
-def profile_config(config: CompileConfig, reporter: Reporter) -> tuple[CostTable, Device]:
-    """Measure the candidates of a model's regions, with or without data; the table and the device it holds for."""
+def profile_config(config: CompileConfig, reporter: Reporter) -> tuple[CostTable, Device, tuple[str, ...]]:
+    """Measure the candidates of a model's regions, with or without data; the table, the device it holds for, and what
+    is to be known of it."""
     with _process_settings():
         state, ctx = prepare(config, reporter, measure_only=True)
         state, _ = run_passes(PROFILE, state, ctx)
     assert state.costs is not None
-    return state.costs, ctx.capabilities.device
+    return state.costs, ctx.capabilities.device, (*ctx.capabilities.notes, *ctx.notes)
 
 
 def _check_memory(ctx: Context, before: int) -> None:
@@ -187,8 +188,12 @@ def _status(state: State, ctx: Context) -> str:
 
 
 def _caps(config: CompileConfig) -> list[tuple[str, Cap]]:
-    """Bounds on figures of the summary. Activations' memory is not one of them: the search has seen to it."""
-    named = (("params", config.budget_params), ("macs", config.budget_macs))
+    """Bounds on figures of the summary."""
+    named = (
+        ("params", config.budget_params),
+        ("macs", config.budget_macs),
+        ("activation_bytes", config.budget_memory),
+    )
     return [(name, cap) for name, cap in named if cap is not None]
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from hantc.core.config import Cap
 from hantc.core.errors import BudgetError
-from hantc.core.types import Signature
+from hantc.core.types import WEIGHT_BYTES, Signature
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import count_macs, count_params, peak_activations, shapes_of
 from hantc.ops.registry import build
@@ -19,8 +19,6 @@ from hantc.passes.plug import origin_for, teacher_part
 from hantc.passes.state import Context, State
 from hantc.search.ilp import cheapest
 from hantc.search.problem import Item, Problem, fits
-
-_FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 Uses = Mapping[tuple[str, str], float]  # by (region, candidate)
 
@@ -89,7 +87,7 @@ def _memory(state: State, ctx: Context, cap: Cap) -> Allowance:
     """Peaks of what is alive at once, at the run's batch and in its floating-point precision (INT8 regions take
     less). A region has one input and one output, so that its peak is the network's while it runs."""
     assert state.network is not None and state.match is not None and state.costs is not None
-    size = _FLOAT_BYTES[ctx.base] * ctx.config.batch
+    size = WEIGHT_BYTES.get(ctx.base, 4) * ctx.config.batch
     inside = {n for r in state.match.regions if len(r.atoms) == 1 for n in r.nodes}
     shapes = shapes_of(state.network, example_inputs(state.network.meta["info"], 1))
     glue = size * peak_activations(state.network, shapes, passing=inside)
@@ -108,6 +106,12 @@ def _memory(state: State, ctx: Context, cap: Cap) -> Allowance:
         uses[key] = size * _peak(module, region.in_shape)
     teacher = max([glue, *(v for (_, c), v in uses.items() if c == "teacher")])
     return Allowance("--budget-memory", "bytes of activations", teacher, cap.of(teacher), glue, uses, adds_up=False)
+
+
+def activation_bytes(network: fx.GraphModule, ctx: Context) -> int:
+    """A network's largest sum of activations that are alive at once, as `--budget-memory` counts them."""
+    shapes = shapes_of(network, example_inputs(network.meta["info"], 1))
+    return WEIGHT_BYTES.get(ctx.base, 4) * ctx.config.batch * peak_activations(network, shapes)
 
 
 def _peak(module: fx.GraphModule, in_shape: Sequence[int]) -> int:

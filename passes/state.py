@@ -156,6 +156,14 @@ class Context:
         return {**own, "products": "bf16"} if self.mixed else dict(own)
 
     @property
+    def fewer_threads(self) -> tuple[int, ...]:
+        """Halves of the threads, down to one, where nobody chose their number and they are a CPU's."""
+        chosen = self.config.threads is not None or self.target.get("threads") is not None
+        if chosen or not self.capabilities.measures or self.base == "fp16":
+            return ()
+        return tuple(self.threads >> k for k in range(1, self.threads.bit_length()))
+
+    @property
     def memory_limit(self) -> int:
         """Bytes that the process should stay below."""
         return self.config.memory or total_memory() // 2

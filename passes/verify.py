@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,14 +22,14 @@ from hantc.dialect.floats import in_bf16
 from hantc.dialect.graph import count_macs, shapes_of
 from hantc.dialect.importer import import_model, model_info
 from hantc.dialect.qdq import MIN_OPSET, quantize, quantize_whole
+from hantc.passes import elsewhere
 from hantc.passes.assemble import calibration_feeds, deployable
+from hantc.passes.limits import activation_bytes
 from hantc.passes.meter import Meter
 from hantc.passes.state import Context, State
 
-_VERSION = 9
+_VERSION = 10
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
-_TURNS = 3  # of timing the teacher with this engine and with another
-_BF16 = " bf16"
 _FILES, _CLOCK = "measuring teacher, student and INT8 baseline", "measuring the machine's pace"
 _BASELINES = ("baseline_int8", "baseline_bf16", "baseline_given")
 _NOISE = 1.03  # a no-data student this much slower than its teacher is not slower "beyond noise"
@@ -96,7 +95,8 @@ class Verify:
         facts = self._facts(state, ctx, networks, timings, pace)
         facts |= {"baseline_int8_reason": reason, "kept_original": kept_original}
         facts["timing_note"] = self._restless(timings)
-        facts["teacher_by_backend"] = self._elsewhere(state.model, timings[0].median_ms, ctx)
+        facts["teacher_by_backend"] = elsewhere.by_backend(state.model, timings[0].median_ms, ctx)
+        facts["teacher_by_threads"] = elsewhere.by_threads(state.model, timings[0].median_ms, ctx)
         _tell(facts, ctx)
         if ctx.capabilities.measures:
             ctx.store.put_json("verify", key, facts)
@@ -166,43 +166,19 @@ class Verify:
     def _pace(state: State, ctx: Context, timings: Sequence[Timing], teachers: tuple[ModelProto, ModelProto]) -> float:
         """How long a millisecond of the table's clock took on the wall's when teacher and student were timed. By the
         reference network, as all that the table holds: a large teacher takes up to twice as long where others use the
-        caches, which its student does not feel. Where there is none, the table is another store's or the student has
-        the teacher's own weights: by the normalized teacher."""
+        caches, which its student does not feel. Where there is none, or the student has the teacher's own weights: by
+        the normalized teacher."""
         assert state.emitted is not None and state.costs is not None
         if ctx.from_table:
             return state.costs.pace
         protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0)
-        by_reference = bool(state.costs.rows) and ctx.config.lut is None and ctx.data is not None
-        meter = Meter(ctx) if by_reference else None
-        if meter is not None and meter.steady:
+        meter = Meter(ctx) if state.costs.rows and ctx.data is not None else None
+        clock = meter.on_clock_of(state.costs) if meter is not None else None
+        if meter is not None and clock is not None:
             with ctx.reporter.bar(_CLOCK, 1.0):
-                return timings[1].median_ms / meter.file(state.emitted, protocol).median_ms
-        again, clock = Verify._time(teachers, ctx, _CLOCK)
-        return clock.median_ms * timings[0].median_ms / again.median_ms / state.costs.teacher_ms
-
-    @staticmethod
-    def _elsewhere(teacher: ModelProto, ms: float, ctx: Context) -> dict[str, float]:
-        """The teacher's latency in FP32 with every engine that can be timed here, and in BF16 (`NAME bf16`) with those
-        that have it, on the clock of `ms`, the chosen one's in FP32."""
-        found = {ctx.backend.name: ms}
-        spec = BuildSpec(ctx.threads, ctx.config.batch)
-        protocol = ctx.protocol(warmup=5, samples=15, min_sample_ms=15.0)
-        ways = [(r.name, r, teacher) for r in ctx.rivals]
-        ways += [
-            (f"{r.name}{_BF16}", r, in_bf16(teacher))
-            for r in (ctx.backend, *ctx.rivals)
-            if ctx.capabilities.measures and "bf16" in r.capabilities().precisions
-        ]
-        for name, rival, model in ways:
-            try:
-                artefacts = [(b, b.build(m, spec)) for b, m in ((ctx.backend, teacher), (rival, model))]
-                # in turns, since no engine times another's artefacts, and the machine's speed may change
-                turns = [[b.measure([a], protocol)[0].median_ms for b, a in artefacts] for _ in range(_TURNS)]
-            except HantcError as error:
-                ctx.reporter.event("elsewhere", backend=name, refused=error.message)
-                continue
-            found[name] = ms * median(there / here for here, there in turns)
-        return found
+                return timings[1].median_ms / (clock * meter.file(state.emitted, protocol).median_ms)
+        again, normalized = Verify._time(teachers, ctx, _CLOCK)
+        return normalized.median_ms * timings[0].median_ms / again.median_ms / state.costs.teacher_ms
 
     @staticmethod
     def _restless(timings: Sequence[Timing]) -> str:
@@ -241,6 +217,8 @@ class Verify:
                 row |= {"params": teacher["params"], "macs": teacher["macs"]}
         if state.student is not None and ctx.data is not None:
             student |= _size(emit(state.student).model)  # INT8 nodes hide weights and products from counting
+        teacher["activation_bytes"] = activation_bytes(state.network, ctx)
+        student["activation_bytes"] = activation_bytes(state.student or state.network, ctx)
         predicted = pace * state.plan.predicted_latency_ms
         drop = None
         if teacher["accuracy"] is not None and student["accuracy"] is not None:
@@ -291,16 +269,7 @@ def _tell(facts: Mapping[str, Any], ctx: Context) -> None:
             f"the file as given takes {given['latency_ms']:.2f} ms, less than the student: a smaller "
             "--budget is needed to gain anything over it"
         )
-    by_backend: Mapping[str, float] = facts["teacher_by_backend"]
-    fastest = min(by_backend, key=lambda name: by_backend[name])
-    here, there = by_backend[ctx.backend.name], by_backend[fastest]
-    if there * _NOISE < here and not (ctx.base == "bf16" and fastest.startswith(ctx.backend.name)):
-        way = "--target xeon-bf16" if fastest.endswith(_BF16) else f"--backend {fastest}"
-        name = fastest.replace(_BF16, " in BF16")
-        ctx.note(
-            f"{name} runs the teacher in {there:.2f} ms where {ctx.backend.name} takes {here:.2f} ms: "
-            f"{way} compiles for it"
-        )
+    elsewhere.tell(facts, ctx)
 
 
 def _run_split(ctx: Context, artefact: Artefact, model: ModelProto, split: Split | None, bar: Any) -> _Outputs:

@@ -68,6 +68,7 @@ def test_weights_and_products_can_be_bounded(tiny: Tiny, compiled: Compiled, cli
     summary = result.json()
     assert summary["student"]["params"] <= 0.81 * summary["teacher"]["params"]
     assert summary["student"]["macs"] <= 0.91 * summary["teacher"]["macs"]
+    assert 0 < summary["student"]["activation_bytes"] <= summary["teacher"]["activation_bytes"]
     assert summary["options"]["budget_params"] == {"fraction": 0.8}
     refused = cli("verify", tmp_path / "run", "--cold")
     assert refused.code == 2 and "roofline times nothing on this processor" in refused.err

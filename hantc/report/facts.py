@@ -318,6 +318,6 @@ def _figures(a: Summary, b: Summary) -> list[tuple[str, float | None, float | No
              ("regions", "regions")]  # fmt: skip
     out = [(title, getattr(a, key), getattr(b, key)) for title, key in names]
     for part in ("teacher", "student"):
-        for key in ("latency_ms", "accuracy", "size_bytes", "params", "macs"):
+        for key in ("latency_ms", "accuracy", "size_bytes", "params", "macs", "activation_bytes"):
             out.append((f"{part}.{key}", getattr(getattr(a, part), key), getattr(getattr(b, part), key)))
     return out

@@ -37,7 +37,8 @@ class _Record(BaseModel):
 
 class NetworkStats(_Record):
     """One network as measured: median and interquartile latency in ms, accuracy in percent on the validation
-    split, file size in bytes, parameters and multiply-accumulates. None: not known."""
+    split, file size in bytes, parameters, multiply-accumulates, and the largest sum of activations alive at once, at
+    the run's batch and in its floats. None: not known."""
 
     latency_ms: Number
     latency_iqr_ms: Number = None
@@ -45,6 +46,7 @@ class NetworkStats(_Record):
     size_bytes: int | None = None
     params: int | None = None
     macs: int | None = None
+    activation_bytes: int | None = None
 
 
 class DeviceInfo(_Record):
@@ -123,6 +125,7 @@ class Summary(_Record):
     engine: dict[str, Any] | None = None  # a file beside model.onnx and facts about it, or the reason
     backend: str | None = None
     teacher_by_backend: dict[str, float] = Field(default_factory=dict)  # ms, with each engine that there was
+    teacher_by_threads: dict[str, float] = Field(default_factory=dict)  # ms, on fewer where nobody chose their number
     target_definition: dict[str, Any] = Field(default_factory=dict)  # what `target` was then: it may be a file
     batch: int | None = None
     effort: str | None = None

@@ -245,6 +245,7 @@ def _figure_format(name: str) -> Callable[[float | None], str]:
         "size_bytes": fmt.fmt_bytes,
         "params": fmt.fmt_count,
         "macs": fmt.fmt_count,
+        "activation_bytes": fmt.fmt_bytes,
         "regions": lambda v: fmt.NA if v is None else f"{v:.0f}",
         "accuracy_drop": lambda v: fmt.NA if v is None else f"{v:.2f} points",
     }

@@ -15,7 +15,7 @@ from hantc.core.backend_api import Artefact, BuildSpec
 from hantc.core.errors import ModelError
 from hantc.core.types import Protocol, Timing
 from hantc.dialect.emitter import emit
-from hantc.passes.verify import Verify, _tell
+from hantc.passes.verify import Verify
 from tests.passes.conftest import COUNTING
 
 if TYPE_CHECKING:
@@ -103,45 +103,3 @@ def test_a_crowded_cache_does_not_make_the_prediction_wrong(
     assert timings[0].median_ms == pytest.approx(2 * state.costs.teacher_ms, rel=0.01)
     pace = Verify._pace(replace(state, emitted=student), ctx, timings, (teacher, teacher))
     assert pace == pytest.approx(wanted, rel=0.01)
-
-
-class Rival(Tiring):
-    """Another engine on the same machine, `pace` times as slow."""
-
-    name = "rival"
-
-    def __init__(self, shared: Tiring, pace: float) -> None:
-        super().__init__()
-        self.shared, self.pace = shared, pace
-
-    def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
-        """As the machine is by now, which the other engine's turns have tired."""
-        timings = self.shared.measure(artefacts, protocol)
-        self.shared.calls -= 1  # within a turn it is as it was
-        return [replace(t, median_ms=self.pace / 2 * t.median_ms) for t in timings]
-
-
-class Refusing(Rival):
-    """An engine that takes no model."""
-
-    name = "refusing"
-
-    def build(self, model: ModelProto, spec: BuildSpec) -> Artefact:
-        """Never."""
-        raise ModelError("no")
-
-
-def test_the_teacher_is_timed_with_every_engine_in_turns(lab: Lab) -> None:
-    own = Tiring()
-    ctx = replace(lab.context(backend=own), rivals=(Rival(own, 0.5), Refusing(own, 0.1)))
-    found = Verify._elsewhere(lab.model, 8.0, ctx)
-    assert found == {own.name: 8.0, "rival": pytest.approx(4.0)}
-
-
-@pytest.mark.parametrize(("rival", "told"), [(7.9, False), (9.0, False), (4.0, True)])
-def test_a_faster_engine_is_named(lab: Lab, rival: float, told: bool) -> None:
-    ctx = lab.context(backend=Tiring())
-    _tell(
-        {"timing_note": "", "kept_original": False, "teacher_by_backend": {ctx.backend.name: 8.0, "rival": rival}}, ctx
-    )
-    assert ["--backend rival" in n for n in ctx.notes] == [True] * told
