@@ -38,7 +38,7 @@ _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
-_VERSION = 18
+_VERSION = 19
 _CLEARLY = 0.95  # of the teacher's time: less than this is a gain, and no chance
 
 _Known = dict[tuple[int, ...], Evaluated]  # by the solution's items
@@ -57,7 +57,7 @@ class Select:
         started = time.monotonic()
         key = self._key(state, ctx)
         stored = ctx.store.get_json("plan", key)
-        if stored is not None:
+        if stored is not None and stored["limit"] >= ctx.clock.limit_s:  # a shorter run times students in haste
             return self._restore(state, stored)
         if ctx.data is None or state.match.n_atoms == 0:
             return replace(state, plan=self._exact(state, ctx))
@@ -89,6 +89,7 @@ class Select:
                 "correction": correction,
                 "fetching": fetching,
                 "evaluated": [asdict(e) for e in evaluated],
+                "limit": ctx.clock.limit_s,
             },
         )
         return replace(state, plan=plan, evaluated=tuple(evaluated))

@@ -10,6 +10,7 @@ import pytest
 
 from hantc.core.config import Budget
 from hantc.core.errors import BudgetError
+from hantc.core.store import Store
 from hantc.core.types import CandidateSpec, Correction, CostTable, Fetching, MatchResult, Plan, ScoreRow
 from hantc.passes.program import make_problem
 from hantc.passes.select import Select
@@ -193,6 +194,18 @@ def test_what_weights_cost_by_the_students_is_the_same_from_the_store(
     forbid(monkeypatch)
     again, _ = select(state, lab.fresh(budget=Budget(fraction=0.5), store=ctx.store))
     assert again.costs is not None and again.costs.fetching == Fetching(0.01, 0.2)
+
+
+def test_a_plan_made_in_haste_is_none_for_those_who_have_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(seconds: float, store: Store) -> Context:
+        return replace(lab.fresh(budget=Budget(fraction=0.5), store=store), clock=Clock(seconds))
+
+    store = lab.fresh().store
+    _, plan = select(lab.scored, asked(300.0, store))
+    forbid(monkeypatch)
+    assert select(lab.scored, asked(200.0, store))[1] == plan
+    with pytest.raises(AssertionError, match="measured again"):
+        select(lab.scored, asked(400.0, store))
 
 
 @pytest.mark.parametrize("other", [{"fetching": Fetching(0.0, 0.01)}, {"correction": Correction(own=1.2)}])
