@@ -54,8 +54,9 @@ class Ceilings:
         return dict(self.peaks)[precision] * (1 + (min(threads, self.cores) - 1) * self.parallel_efficiency)
 
 
-def measure_ceilings(backend: Backend, cores: int) -> Ceilings:
-    """The ceilings of `backend` here, with one core and with all of them: some seconds of measuring.
+def measure_ceilings(backend: Backend, cores: int, pinned: tuple[int, ...] = ()) -> Ceilings:
+    """The ceilings of `backend` here, with one core and with all of them (`pinned`: the processors to stay on): some
+    seconds of measuring.
 
     HantcError if the backend predicts, or runs none of the operations."""
     capabilities = backend.capabilities()
@@ -65,61 +66,63 @@ def measure_ceilings(backend: Backend, cores: int) -> Ceilings:
     one, first, together = dict.fromkeys(capabilities.precisions, 0.0), capabilities.precisions[0], 0.0
     for _ in range(_TURNS):
         for p in one:
-            one[p] = max(one[p], _peak(backend, capabilities, p, 1))
+            one[p] = max(one[p], _peak(backend, capabilities, p, 1, pinned))
         if cores > 1:
-            together = max(together, _peak(backend, capabilities, first, cores))
+            together = max(together, _peak(backend, capabilities, first, cores, pinned))
     efficiency = 1.0
     if cores > 1:
         efficiency = min(1.0, max(0.01, (together / one[first] - 1) / (cores - 1)))
-    single, shared = (_bandwidth(backend, n) for n in (1, cores))
-    return Ceilings(tuple(one.items()), single, max(single, shared), _overhead(backend), efficiency, cores)
+    single, shared = (_bandwidth(backend, n, pinned) for n in (1, cores))
+    return Ceilings(tuple(one.items()), single, max(single, shared), _overhead(backend, pinned), efficiency, cores)
 
 
 def ceilings_of(ctx: Context) -> Ceilings | None:
     """Those of the run's engine on this machine: measured once, then from the store. None where nothing is timed."""
     if ctx.from_table or not ctx.capabilities.measures:
         return None
-    key = digest({"ceilings": _VERSION, "backend": ctx.backend.name, "device": ctx.device_key, "threads": ctx.threads})
+    where = {"backend": ctx.backend.name, "device": ctx.device_key, "threads": ctx.threads}
+    key = digest({"ceilings": _VERSION, **where, **({"pinned": True} if ctx.cores else {})})
     found = ctx.store.get_json("network", key)
     if found is None:
-        made = measure_ceilings(ctx.backend, ctx.threads)
+        made = measure_ceilings(ctx.backend, ctx.threads, ctx.cores)
         found = asdict(made)
         if not made.doubtful:  # else the next run asks again
             ctx.store.put_json("network", key, found)
     return Ceilings(**{**found, "peaks": tuple((p, v) for p, v in found["peaks"])})
 
 
-def _peak(backend: Backend, capabilities: Capabilities, precision: str, threads: int) -> float:
+def _peak(backend: Backend, capabilities: Capabilities, precision: str, threads: int, pinned: tuple[int, ...]) -> float:
     """FLOP/s of the fastest of some convolutions."""
     best = 0.0
     for channels, size, kernel, copies in _PRODUCTS:
         model = _convolutions(channels, size, kernel, copies)
         if precision == "int8":
-            model = quantize_for_timing(model, QuantSpec(reduce_range=capabilities.reduce_range))
+            quant = QuantSpec(reduce_range=capabilities.reduce_range, symmetric=capabilities.symmetric)
+            model = quantize_for_timing(model, quant)
         elif precision == "fp16":
             model = to_fp16(model)
         elif precision == "bf16":
             model = in_bf16(model)
         flops = 2 * copies * (channels * kernel * size) ** 2
-        best = max(best, flops / (1e-3 * _times(backend, [model], threads)[0]))
+        best = max(best, flops / (1e-3 * _times(backend, [model], threads, pinned)[0]))
     return best
 
 
-def _bandwidth(backend: Backend, threads: int) -> float:
+def _bandwidth(backend: Backend, threads: int, pinned: tuple[int, ...]) -> float:
     """Bytes/s through a row of element-wise operations, each of which reads and writes a mid-size tensor."""
-    few, many = _times(backend, [_chain(_STREAM, _STEPS), _chain(_STREAM, 3 * _STEPS)], threads)
+    few, many = _times(backend, [_chain(_STREAM, _STEPS), _chain(_STREAM, 3 * _STEPS)], threads, pinned)
     moved = 2 * _STEPS * 2 * 4 * float(np.prod(_STREAM))
     return moved / (1e-3 * max(many - few, 1e-6))
 
 
-def _overhead(backend: Backend) -> float:
+def _overhead(backend: Backend, pinned: tuple[int, ...]) -> float:
     """Seconds that an operation takes which has next to nothing to do."""
-    few, many = _times(backend, [_chain(_TINY, _TINY_STEPS), _chain(_TINY, 2 * _TINY_STEPS)], 1)
+    few, many = _times(backend, [_chain(_TINY, _TINY_STEPS), _chain(_TINY, 2 * _TINY_STEPS)], 1, pinned)
     return max(0.0, 1e-3 * (many - few) / _TINY_STEPS)
 
 
-def _times(backend: Backend, models: Sequence[ModelProto], threads: int) -> list[float]:
-    protocol = Protocol(threads, warmup=3, samples=15, min_sample_ms=6.0)
+def _times(backend: Backend, models: Sequence[ModelProto], threads: int, pinned: tuple[int, ...]) -> list[float]:
+    protocol = Protocol(threads, warmup=3, samples=15, min_sample_ms=6.0, cores=pinned[:threads])
     built = [backend.build(m, BuildSpec(threads)) for m in models]
     return [t.median_ms for t in backend.measure(built, protocol)]
 

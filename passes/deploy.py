@@ -9,6 +9,7 @@ from hantc.core.backend_api import BuildSpec, Deployed, Deployer, Optimizer
 from hantc.core.errors import HantcError
 from hantc.passes.state import Context, State
 
+_FAR = 0.1  # of the largest output: rounding puts two engines less than that apart
 _LISTED = 8  # layers named in a note; the summary has all
 
 
@@ -66,5 +67,10 @@ class Deploy:
             f"{made.file} was built for {facts['compute_capability']} by {facts['built_by']} in "
             f"{facts['seconds']:.1f} s ({types}), {tried}"
         )
+        if (facts.get("relative_error") or 0.0) > _FAR:
+            ctx.note(
+                f"{made.file} computes something else than model.onnx: on random input its outputs are "
+                f"{facts['relative_error']:.2g} of the largest away; do not use it before you know why"
+            )
         for message in facts.get("messages", ()):
             ctx.note(f"the engine's builder says: {message}")

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from hantc.backends.learning import learning_device, multiplies_bf16
 from hantc.backends.registry import available, get_backend
-from hantc.backends.targets import targets
+from hantc.backends.targets import Target, targets
 from hantc.core.atomic import write_text
+from hantc.core.backend_api import Capabilities
 from hantc.core.errors import HantcError, UsageError
 from hantc.passes.ceilings import measure_ceilings
 
@@ -134,13 +135,24 @@ def targets_data() -> list[dict[str, Any]]:
             broken = {"name": name, "backend": "", "precisions": [], "description": "", "available": False}
             told.append({**broken, "reason": t.message})
             continue
-        here = found.get(t.backend)
-        usable, reason = (here.available, here.reason) if here else (False, f"no backend {t.backend!r}")
-        floats = [p for p in t.precisions if p != "int8"]
-        if here and usable and not set(floats) & set(here.precisions):
-            usable, reason = False, f"{t.backend} has no {' or '.join(floats)} on this CPU"
+        usable, reason = _usable(t, found.get(t.backend))
         told.append({**t.model_dump(mode="json"), "available": usable, "reason": reason})
     return told
+
+
+def _usable(target: Target, here: Capabilities | None) -> tuple[bool, str]:
+    """Whether a target can be compiled for, given what its backend can do here; and why, or why not."""
+    if here is None:
+        return False, f"no backend {target.backend!r}"
+    if here.available and target.compute_capability is not None:
+        try:
+            here = target.make_backend().capabilities()  # engines cannot be built for every GPU
+        except HantcError as e:
+            return False, e.message
+    floats = [p for p in target.precisions if p != "int8"]
+    if here.available and not set(floats) & set(here.precisions):
+        return False, f"{target.backend} has no {' or '.join(floats)} on this CPU"
+    return here.available, here.reason
 
 
 def targets_table() -> RenderableType:

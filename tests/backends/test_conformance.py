@@ -17,17 +17,20 @@ from hantc.core.backend_api import Backend, BuildSpec
 from hantc.core.errors import HantcError
 from hantc.core.types import Protocol, digest
 from hantc.dialect.floats import in_bf16
+from hantc.dialect.half import to_fp16
+from hantc.dialect.qdq import QuantSpec, quantize
 from tests.backends.emulated_gpu import emulate
 
 QUICK = Protocol(threads=1, warmup=1, samples=3, min_sample_ms=0.2)
 RNG = np.random.default_rng(0)
 
 
-def conv_net(width: int = 8, batch: int | str = "N", size: int | str = 8) -> onnx.ModelProto:
-    """Conv, norm, Relu, residual Add, pool, Gemm over (batch, 3, size, size)."""
+def conv_net(width: int = 8, batch: int | str = "N", size: int | str = 8, seed: int | None = None) -> onnx.ModelProto:
+    """Conv, norm, Relu, residual Add, pool, Gemm over (batch, 3, size, size). Without a seed its weights change."""
+    rng = RNG if seed is None else np.random.default_rng(seed)
 
     def init(name: str, *shape: int) -> onnx.TensorProto:
-        return numpy_helper.from_array((RNG.standard_normal(shape) * 0.2).astype(np.float32), name)
+        return numpy_helper.from_array((rng.standard_normal(shape) * 0.2).astype(np.float32), name)
 
     inits = [init("w1", width, 3, 3, 3), init("b1", width), init("w2", width, width, 3, 3), init("fc", 5, width)]
     ones = np.ones(width, dtype=np.float32)
@@ -139,6 +142,37 @@ def test_run_equals_the_onnx_reference(backend: Backend) -> None:
     want = ReferenceEvaluator(model).run(None, feeds)
     assert got.shape == (2, 5)
     np.testing.assert_allclose(got, np.asarray(next(iter(want))), rtol=1e-4, atol=1e-5)
+
+
+def unlike(backend: Backend, model: onnx.ModelProto) -> float:
+    """How far a form of `conv_net(seed=1)` is from its floats: the largest difference, of the largest output."""
+    feeds = {"x": RNG.standard_normal((4, 3, 8, 8)).astype(np.float32)}
+    (got,) = backend.run(backend.build(model, BuildSpec(batch=4)), feeds)
+    want = np.asarray(next(iter(ReferenceEvaluator(conv_net(seed=1)).run(None, feeds))))
+    assert got.shape == want.shape and np.isfinite(got).all()
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def test_int8_runs_and_is_timed_where_it_is_claimed(backend: Backend) -> None:
+    caps = backend.capabilities()
+    if "int8" not in caps.precisions:
+        pytest.fail(f"{backend.name} claims no INT8: every built-in one has it")
+    feeds = [{"x": RNG.standard_normal((1, 3, 8, 8)).astype(np.float32)} for _ in range(32)]
+    spec = QuantSpec(reduce_range=caps.reduce_range, symmetric=caps.symmetric)
+    model = quantize(conv_net(seed=1), None, feeds, spec)
+    assert any(n.op_type == "QuantizeLinear" for n in model.graph.node)
+    assert backend.supports(model) == (True, "")
+    assert 1e-5 < unlike(backend, model) < 0.2, "rounded, and not more"
+    (timing,) = backend.measure([backend.build(model, BuildSpec())], QUICK)
+    assert timing.median_ms > 0
+
+
+def test_fp16_runs_where_it_is_claimed(backend: Backend) -> None:
+    model = to_fp16(conv_net(seed=1))
+    assert any(w.data_type == TensorProto.FLOAT16 for w in model.graph.initializer)
+    if "fp16" in backend.capabilities().precisions:
+        assert backend.supports(model) == (True, "")
+    assert 1e-6 < unlike(backend, model) < 0.02, "files in FP16 run anywhere, if not faster"
 
 
 @pytest.mark.parametrize("feeds", [{}, {"x": np.zeros((1, 7), dtype=np.float32)}, {"y": np.zeros(1)}])

@@ -139,6 +139,8 @@ def test_compiling_for_a_gpu_leaves_an_engine(
         "profile", tiny.model, "--target", "l4", "--effort", "quick", "--lut", table, "--store", tmp_path / "other"
     )
     assert made.code == 0, made.err
+    assert "(predicted, not measured)" in made.out and "note: no NVIDIA L4 was used" in made.out
+    assert "from a model of the machine, not a clock" in " ".join(cli("lut", "show", table).out.split())
     given = ("--target", "l4", "--data", tiny.data, "--budget", "0.9", "--effort", "quick", "--time-limit", "8s")
     result = cli(tiny.model, *given, "--lut", table, "--out", tmp_path / "run", "--store", tmp_path / "store", "--json")
     assert result.code in (0, 1), result.err
@@ -172,6 +174,8 @@ def test_without_data_the_teacher_is_made_fp16(tiny: Tiny, cli: Callable[..., Re
 def test_a_gpu_whose_engines_cannot_be_built_is_told(tiny: Tiny, cli: Callable[..., Result], tmp_path: Path) -> None:
     result = cli(tiny.model, "--target", "h100", "--out", tmp_path / "run")
     assert result.code == 2 and "h100" in result.err and not (tmp_path / "run").exists()
+    (row,) = [t for t in cli("targets", "--json").json() if t["name"] == "h100"]
+    assert not row["available"] and "tensorrt" in row["reason"]
 
 
 @needs_sdk

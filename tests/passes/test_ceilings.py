@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from onnx import TensorProto
 
 from hantc.backends.prediction import Machine
 from hantc.backends.roofline.backend import RooflineBackend
 from hantc.core.backend_api import Artefact, BuildSpec, Capabilities
 from hantc.core.errors import HantcError
+from hantc.core.types import Protocol, Timing
 from hantc.passes.ceilings import Ceilings, measure_ceilings
 
 if TYPE_CHECKING:
@@ -55,6 +58,34 @@ def test_a_known_machine_is_recovered() -> None:
     assert found.op_overhead_s == pytest.approx(2e-6, rel=0.1)
     assert found.parallel_efficiency == pytest.approx(0.8, rel=0.05)
     assert found.cores == 4
+
+
+class Watched(Pretender):
+    """Keeps what it was asked: an engine that takes signed activations alone, as TensorRT."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.kinds: set[int] = set()
+        self.cores: set[tuple[int, tuple[int, ...]]] = set()
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), symmetric=True)
+
+    def build(self, model: ModelProto, spec: BuildSpec) -> Artefact:
+        weights = {w.name: w for w in model.graph.initializer}
+        self.kinds |= {weights[n.input[2]].data_type for n in model.graph.node if n.op_type == "QuantizeLinear"}
+        return super().build(model, spec)
+
+    def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
+        self.cores.add((protocol.threads, protocol.cores))
+        return super().measure(artefacts, protocol)
+
+
+def test_it_is_measured_as_the_engine_wants_it_and_where_threads_stay() -> None:
+    machine = Watched(MACHINE)
+    measure_ceilings(machine, 2, (4, 6))
+    assert machine.kinds == {TensorProto.INT8}
+    assert machine.cores == {(1, (4,)), (2, (4, 6))}
 
 
 def test_a_single_core_adds_nothing() -> None:

@@ -62,6 +62,12 @@ def test_layers_in_fp32_and_the_builders_words_are_told(lab: Lab) -> None:
     assert any("beware" in note for note in ctx.notes)
 
 
+def test_an_engine_that_computes_something_else_is_told(lab: Lab) -> None:
+    for error, far in ((0.01, False), (None, False), (0.5, True)):
+        _, ctx = deployed(lab, Builder(run_on="a GPU", relative_error=error))
+        assert any("computes something else" in note for note in ctx.notes) == far
+
+
 def test_failing_leaves_the_student(lab: Lab) -> None:
     state, ctx = deployed(lab, Builder(fails=True))
     assert state.deployed is None and state.undeployed == "no room" and state.emitted is not None

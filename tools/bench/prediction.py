@@ -1,7 +1,7 @@
 """Predicted against measured: what the latency table says of whole students, and what the clock says.
 
     python tools/bench/prediction.py MODEL.onnx ... [--selections 20] [--probes 6] [--passes 1] [--threads N]
-        [--plot FILE.png]
+        [--batch N] [--plot FILE.png]
 
 Each model's table is measured as a compilation without images would (random weights do: latency hardly depends on
 them). Then random selections, half of them in FP32, half of mixed precision, are built as real students and timed
@@ -9,7 +9,7 @@ beside the teacher. Which regions change and into what is drawn among the candid
 teacher's own region: those that a compilation considers. `before`: the table as measured. `after`: the table corrected
 by `--probes` further random selections, as a compilation corrects it by the students that it times; these are not
 among the selections judged. Prints a row a model and kind; exit code 1 if after correction a median error is above
-5 %, or any error above 15.
+5 %, any error above 15, or a student could not be built.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> list[dict
         # no student is timed in haste
         options: dict[str, Any] = {"time_limit": 86400.0}
         options |= {"target": args.target, "effort": args.effort, "out": Path(folder) / "out", "store": store}
-        options |= {"threads": args.threads} if args.threads else {}
+        options |= {k: v for k, v in (("threads", args.threads), ("batch", args.batch)) if v}
         state, ctx = prepare(make_config(model, **options, backend=args.backend), reporter, measure_only=True)
         state, timings = run_passes(PROFILE, state, ctx)
         reporter.event("table", seconds=timings["cost"])
@@ -201,6 +201,7 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--backend")
     p.add_argument("--effort", default="quick")
     p.add_argument("--threads", type=int, help="default: the machine's cores")
+    p.add_argument("--batch", type=int, help="default: the target's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--store", type=Path, help="keep the measurements there")
     p.add_argument("--json", type=Path)
@@ -212,6 +213,7 @@ def main(argv: Sequence[str]) -> int:
         if args.json:
             args.json.write_text(json.dumps(records, indent=1))
     print("| network | students | median error before | worst | median after | worst |\n|---|---|---|---|---|---|")
+    asked = args.selections // 2 * 2 * len(args.models)
     good = True
     records = [r for r in records if r["kind"] != "probe"]
     for model, kind in dict.fromkeys((r["model"], r["kind"]) for r in records):
@@ -223,6 +225,9 @@ def main(argv: Sequence[str]) -> int:
             cells += [f"{100 * middle:.1f} %", f"{100 * worst:.1f} %"]
         good &= middle <= MEDIAN and worst <= WORST
         print(f"| {model} | {len(mine)} {kind} | {' | '.join(cells)} |")
+    if len(records) < asked:
+        print(f"only {len(records)} of {asked} students could be built", file=sys.stderr)
+        good = False
     if args.plot:
         plot(args.plot, records)
     return 0 if good else 1
