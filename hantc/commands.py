@@ -231,7 +231,7 @@ def cmd_profile(argv: Sequence[str]) -> int:
     if args.json:
         facts = {"lut": str(lut), "rows": len(costs.rows), "teacher_ms": costs.teacher_ms}
         return print_json({**facts, "predicted": sum(r.predicted for r in costs.rows), "notes": notes})
-    how = " (predicted, not measured)" if all(r.predicted for r in costs.rows) else ""
+    how = " (predicted, not measured)" if any(r.predicted for r in costs.rows) else ""
     sys.stdout.write(f"{len(costs.rows)} rows, teacher {costs.teacher_ms:.3f} ms{how}: {lut}\n")
     sys.stdout.writelines(f"note: {text}\n" for text in notes)
     return DONE

@@ -97,7 +97,7 @@ def profile_config(config: CompileConfig, reporter: Reporter) -> tuple[CostTable
         state, ctx = prepare(config, reporter, measure_only=True)
         state, _ = run_passes(PROFILE, state, ctx)
     assert state.costs is not None
-    return state.costs, ctx.capabilities.device, (*ctx.capabilities.notes, *ctx.notes)
+    return state.costs, ctx.capabilities.device, tuple(ctx.notes)
 
 
 def _check_memory(ctx: Context, before: int) -> None:

@@ -110,6 +110,7 @@ class Cost:
             fetching=found.fetching,
             pinned=bool(ctx.cores),
             clock_ms=meter.reference_ms if meter.steady else None,
+            clock_of=meter.clock_of,
         )
 
     @staticmethod

@@ -48,6 +48,8 @@ def by_threads(teacher: ModelProto, ms: float, ctx: Context) -> dict[str, float]
     may be slower on all of a large machine's cores than on some of them."""
     found = {str(ctx.threads): ms}
     for threads in ctx.fewer_threads:
+        if ctx.clock.remaining() <= 0 or min(found.values()) * _THREADS_NOISE < list(found.values())[-1]:
+            break  # once fewer are slower, still fewer are slower yet
         few = replace(_protocol(ctx), threads=threads, cores=ctx.cores[:threads])
         try:
             pair = [

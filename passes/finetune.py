@@ -68,5 +68,5 @@ def closing_s(state: State, ctx: Context) -> float:
     teacher_s, student_s = second * state.costs.teacher_ms, second * state.plan.predicted_latency_ms
     others = 1 + (ctx.base == "bf16") + (state.given is not None)  # the teacher in INT8, in BF16, as it came
     images = len(ctx.data.val) / ctx.config.batch * ((1 + others) * teacher_s + student_s)
-    pairs = 2 + others + len(ctx.rivals) + len(ctx.fewer_threads)
+    pairs = 2 + others + len(ctx.rivals) + 2 * bool(ctx.fewer_threads)
     return _START_S + ranges + _RESTLESS * images + pairs * max(_PAIR_S, _PAIR_RUNS * teacher_s)

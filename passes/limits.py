@@ -90,7 +90,7 @@ def _memory(state: State, ctx: Context, cap: Cap) -> Allowance:
     size = WEIGHT_BYTES.get(ctx.base, 4) * ctx.config.batch
     inside = {n for r in state.match.regions if len(r.atoms) == 1 for n in r.nodes}
     shapes = shapes_of(state.network, example_inputs(state.network.meta["info"], 1))
-    glue = size * peak_activations(state.network, shapes, passing=inside)
+    glue = size * peak_activations(state.network, shapes, passing=inside) // _own_batch(state.network)
     uses: dict[tuple[str, str], float] = {}
     specs = {(p.region, p.spec.name): p.spec for p in state.proposals or ()}
     for row in state.costs.rows:
@@ -110,8 +110,14 @@ def _memory(state: State, ctx: Context, cap: Cap) -> Allowance:
 
 def activation_bytes(network: fx.GraphModule, ctx: Context) -> int:
     """A network's largest sum of activations that are alive at once, as `--budget-memory` counts them."""
-    shapes = shapes_of(network, example_inputs(network.meta["info"], 1))
-    return WEIGHT_BYTES.get(ctx.base, 4) * ctx.config.batch * peak_activations(network, shapes)
+    peak = peak_activations(network, shapes_of(network, example_inputs(network.meta["info"], 1)))
+    return WEIGHT_BYTES.get(ctx.base, 4) * ctx.config.batch * peak // _own_batch(network)
+
+
+def _own_batch(network: fx.GraphModule) -> int:
+    """The batch that a file fixes; 1 where it leaves it open."""
+    shapes = [spec.shape for spec in network.meta["info"].inputs[:1]]
+    return next((shape[0] for shape in shapes if shape and isinstance(shape[0], int)), 1)
 
 
 def _peak(module: fx.GraphModule, in_shape: Sequence[int]) -> int:

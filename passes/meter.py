@@ -102,10 +102,16 @@ class Meter:
 
     def on_clock_of(self, table: CostTable) -> float | None:
         """What turns the meter's figures into milliseconds of a table's clock, which may be that of another store's
-        reference; None where one of them has no reference network."""
+        reference; None where one of them has no reference network, or they have different ones."""
         if not self.steady or self.ctx.config.lut is None:
             return 1.0 if self.steady else None
-        return None if table.clock_ms is None else table.clock_ms / self.reference_ms
+        other = table.clock_ms is None or table.clock_of != self.clock_of
+        return None if other or table.clock_ms is None else table.clock_ms / self.reference_ms
+
+    @property
+    def clock_of(self) -> str:
+        """Which reference network, timed in which way, figures are scaled by."""
+        return digest({"canary": _canary_model().SerializeToString().hex(), "method": _VERSION})[:12]
 
     def key(self, **what: object) -> str:
         return digest({**self.base, **what})

@@ -81,17 +81,16 @@ class Select:
         }
         plan = replace(best.plan, budget_ms=budget, solver={**best.plan.solver, **solver})
         evaluated = [replace(e, chosen=e is best) for e in evaluated]
-        ctx.store.put_json(
-            "plan",
-            key,
-            {
-                "plan": asdict(plan),
-                "correction": correction,
-                "fetching": fetching,
-                "evaluated": [asdict(e) for e in evaluated],
-                "limit": ctx.clock.limit_s,
-            },
-        )
+        answer = {
+            "plan": asdict(plan),
+            "correction": correction,
+            "fetching": fetching,
+            "evaluated": [asdict(e) for e in evaluated],
+            "limit": ctx.clock.limit_s,
+        }
+        stored = ctx.store.get_json("plan", key)
+        if stored is None or stored["limit"] <= answer["limit"]:  # a longer run may have come to its own meanwhile
+            ctx.store.put_json("plan", key, answer)
         return replace(state, plan=plan, evaluated=tuple(evaluated))
 
     def _corrected(

@@ -62,6 +62,7 @@ class Verify:
                 "device": ctx.device_key,
                 "given": state.given_hash,
                 "options": [ctx.threads, ctx.config.batch, ctx.backend.name, *(["pinned"] if ctx.cores else [])],
+                "fewer_threads": ctx.fewer_threads,
                 "rivals": [asdict(r.capabilities().device) for r in ctx.rivals],
                 "data": ctx.data.fingerprint if ctx.data else None,
                 "predicted": [state.plan.predicted_latency_ms, state.costs.teacher_ms],

@@ -245,6 +245,7 @@ class CostTable:
     fetching: Fetching = Fetching()
     pinned: bool = False  # whether threads were kept on cores of their own
     clock_ms: float | None = None  # of the reference network, that the table's milliseconds are measured by
+    clock_of: str = ""  # which network, and way of timing it, that is
 
     @property
     def reference_ms(self) -> float:

@@ -191,8 +191,8 @@ def peak_activations(
     module: fx.GraphModule, shapes: Mapping[str, tuple[int, ...]], passing: Collection[str] = ()
 ) -> int:
     """Largest number of elements alive at once, in the graph's order, each from when it is made to when it is last
-    read; weights and constants not counted. At nodes of `passing` nothing is looked at. `shapes` as from `shapes_of`.
-    """
+    read; weights and constants not counted. At nodes of `passing` nothing is looked at. A graph inside the graph counts
+    by what is alive in it. `shapes` as from `shapes_of`."""
     last = {source: k for k, node in enumerate(module.graph.nodes) for source in node.all_input_nodes}
     alive: dict[fx.Node, int] = {}
     peak = 0
@@ -200,9 +200,19 @@ def peak_activations(
         if node.op != "get_attr" and node.name in shapes:
             alive[node] = math.prod(shapes[node.name])
         if node.name not in passing:
-            peak = max(peak, sum(alive.values()))
+            peak = max(peak, sum(alive.values()) + _inside(module, node, shapes))
         alive = {n: size for n, size in alive.items() if last.get(n, -1) > k}
     return peak
+
+
+def _inside(module: fx.GraphModule, node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many more elements are alive within a node that is a graph itself than its inputs and its output have."""
+    inner = leaf_of(module, node) if node.op == "call_module" else None
+    if not isinstance(inner, fx.GraphModule) or node.name not in shapes:
+        return 0
+    given = [shapes[n.name] for n in node.all_input_nodes]
+    most = peak_activations(inner, shapes_of(inner, [torch.zeros(shape) for shape in given]))
+    return most - sum(map(math.prod, [*given, shapes[node.name]]))
 
 
 def module_macs(module: fx.GraphModule, in_shape: Shape) -> int:

@@ -73,6 +73,10 @@ def unary(model: ModelProto) -> None:
     model.graph.node[1].op_type = "Relu"
 
 
+def shared(model: ModelProto) -> None:
+    model.graph.node[0].input[2] = "low"
+
+
 def longer(model: ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
 
@@ -88,7 +92,9 @@ def test_names_and_values_of_weights_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [wider, halved, reshaped, turned, without_bias, newer, elsewhere, unary, longer], ids=lambda f: f.__name__
+    "change",
+    [wider, halved, reshaped, turned, without_bias, newer, elsewhere, unary, shared, longer],
+    ids=lambda f: f.__name__,
 )
 def test_what_changes_the_work_counts(change: Callable[[ModelProto], None]) -> None:
     other = net()
@@ -99,6 +105,34 @@ def test_what_changes_the_work_counts(change: Callable[[ModelProto], None]) -> N
 @pytest.mark.parametrize("other", [{"width": 13}, {"upper": 1.0}, {"stride": 2}])
 def test_settings_count(other: dict[str, int]) -> None:
     assert work_digest(net(**other)) != work_digest(net())  # type: ignore[arg-type]
+
+
+def test_a_value_counts_whoever_reads_it_first() -> None:
+    def clipped(bound: float) -> ModelProto:
+        made = net(width=1)
+        made.graph.node[0].input[2] = "high"
+        made.graph.initializer[3].CopyFrom(numpy_helper.from_array(np.array([bound], dtype=np.float32), "high"))
+        return made
+
+    assert work_digest(clipped(6.0)) != work_digest(clipped(1.0))
+
+
+def test_text_and_work_that_hangs_on_values_have_their_own() -> None:
+    def found(seed: int, kind: str) -> ModelProto:
+        made = net(seed)
+        made.graph.node.append(helper.make_node(kind, ["c"], ["found"]))
+        return made
+
+    assert work_digest(found(0, "NonZero")) != work_digest(found(1, "NonZero"))
+    assert work_digest(found(0, "Relu")) == work_digest(found(1, "Relu"))
+
+    def texts(*words: str) -> ModelProto:
+        made = net()
+        made.graph.initializer.append(numpy_helper.from_array(np.array(words, dtype=object), "t"))
+        made.graph.node.append(helper.make_node("Identity", ["t"], ["u"]))
+        return made
+
+    assert work_digest(texts("a", "b")) == work_digest(texts("a", "b")) != work_digest(texts("a", "c"))
 
 
 def test_the_same_tensor_twice_is_not_two() -> None:

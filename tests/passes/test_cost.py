@@ -84,6 +84,25 @@ def test_a_teacher_trained_anew_takes_the_time_that_it_took(lab: Lab) -> None:
     assert again.reporter.last("cost")["measured"] == 0  # type: ignore[attr-defined]
 
 
+def test_parts_that_are_alike_are_timed_once(lab: Lab) -> None:
+    """A region of the network, and the same of another one with other weights."""
+    state, ctx = lab.matched, lab.fresh()
+    assert state.match is not None
+    other = copy.deepcopy(state.network)
+    assert other is not None
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(-0.5)
+    meter, region = Meter(ctx), state.match.region("r02")
+    work = Cost()._teacher(state, ctx, meter, region)
+    twin = Cost()._teacher(replace(state, network=other), ctx, meter, replace(region, name="twin"))
+    elsewhere = Cost()._teacher(state, ctx, meter, state.match.region("r01"))
+    assert [w.key for w in twin] == [w.key for w in work] != [w.key for w in elsewhere]
+    rows = meter.rows([*work, *twin])
+    assert meter.measured == len(work) == len(ctx.precisions)
+    assert [r.latency_ms for r in rows[: len(work)]] == [r.latency_ms for r in rows[len(work) :]]
+
+
 def test_a_table_at_hand_says_what_the_first_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise HantcError("not to be rounded")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import onnx
 import pytest
 import torch
+from torch import fx, nn
 
 from hantc.backends.prediction import Machine, predict
 from hantc.core.config import Cap
@@ -14,8 +16,9 @@ from hantc.core.errors import BudgetError, UsageError
 from hantc.core.types import ScoreRow, Signature
 from hantc.dialect.emitter import emit
 from hantc.dialect.graph import count_macs, count_params, peak_activations, shapes_of
+from hantc.dialect.importer import import_model
 from hantc.ops import registry
-from hantc.passes.limits import allowances, check_reachable
+from hantc.passes.limits import activation_bytes, allowances, check_reachable
 from hantc.passes.program import make_problem
 from hantc.search.ilp import solve
 from tests.passes.conftest import BOTTLE, STACK
@@ -79,6 +82,37 @@ def test_peaks_are_those_of_the_roofline(lab: Lab) -> None:
         want = predict(emit(module.eval()).model, Machine(), batch=1, threads=1).peak_bytes
         shapes = shapes_of(module, [torch.zeros(1, *region.in_shape)])
         assert memory.uses["r03", spec.name] == 4 * peak_activations(module, shapes) == want
+
+
+def test_a_student_takes_what_its_parts_were_counted_for(lab: Lab) -> None:
+    """Replaced parts and those in INT8 are graphs inside the student's."""
+    state = lab.rewritten()
+    (memory,) = asked(lab, state, budget_memory=Cap(fraction=1.0))
+    assert state.student is not None and state.network is not None and state.plan is not None
+    ctx = lab.fresh()
+    assert activation_bytes(state.network, ctx) == memory.teacher
+    uses = [memory.uses[c.region, c.candidate] for c in state.plan.choices]
+    assert activation_bytes(state.student, ctx) == max(memory.fixed, *uses)
+
+
+def test_what_is_alive_inside_a_part_counts() -> None:
+    wide = fx.symbolic_trace(nn.Sequential(nn.Conv2d(2, 40, 1), nn.ReLU(), nn.Conv2d(40, 2, 1)))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("part", (graph.call_function(torch.neg, (x,)),)))
+    whole = fx.GraphModule({"part": wide}, graph)
+    shapes = shapes_of(whole, [torch.zeros(1, 2, 3, 3)])
+    assert peak_activations(whole, shapes) == peak_activations(wide, shapes_of(wide, [torch.zeros(1, 2, 3, 3)])) == 720
+
+
+def test_a_batch_that_the_file_fixes_counts_once(lab: Lab) -> None:
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(lab.model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    network, ctx = import_model(fixed), lab.fresh(batch=4)
+    assert ctx.config.batch == 4
+    assert activation_bytes(network, ctx) == activation_bytes(import_model(lab.model), ctx)
 
 
 def test_a_selection_keeps_within_its_weights(lab: Lab) -> None:
