@@ -108,7 +108,7 @@ def read_lut(path: Path) -> Lut:
     if unknown := set(value.get("fetching") or ()) - set(asdict(table.fetching)):
         raise UsageError(f"holds a wrong entry, fetching.{min(unknown)}: there is none", where=where, hint=hint)
     costs = {"glue_ms": table.glue_ms, **{f"transitions.{shape}": ms for shape, ms in table.transitions}}
-    costs |= {f"fetching.{k}": v for k, v in asdict(table.fetching).items()}
+    costs |= {f"fetching.{k}": v for k, v in asdict(table.fetching).items() if v is not None}
     for name, ms in costs.items():
         if not (math.isfinite(ms) and ms >= 0):
             raise UsageError(f"holds a wrong entry, {name}: {ms}", where=where, hint=hint)

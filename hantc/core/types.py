@@ -216,14 +216,21 @@ class Correction:
 @dataclass(frozen=True)
 class Fetching:
     """What a network takes, beyond its parts, to fetch weights that the caches do not hold all at once: `ms_per_mb` for
-    each megabyte of its regions' weights above `free_mb`."""
+    each megabyte of its regions' weights above `free_mb`, and as much again for each above `steep_mb`: caches lose
+    their hold little by little."""
 
     free_mb: float = 0.0
     ms_per_mb: float = 0.0
+    steep_mb: float | None = None
+
+    @property
+    def knees(self) -> tuple[float, ...]:
+        """Where a megabyte begins to cost, and to cost twice as much."""
+        return (self.free_mb,) if self.steep_mb is None else (self.free_mb, self.steep_mb)
 
     def ms(self, weight_mb: float) -> float:
         """Milliseconds for all regions' weights together."""
-        return self.ms_per_mb * max(0.0, weight_mb - self.free_mb)
+        return self.ms_per_mb * sum(max(0.0, weight_mb - knee) for knee in self.knees)
 
 
 @dataclass(frozen=True)

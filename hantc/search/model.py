@@ -232,19 +232,22 @@ def _crossings(lp: pulp.LpProblem, problem: Problem, reduced: _Reduced) -> list[
 def _fetched(
     lp: pulp.LpProblem, problem: Problem, z: Mapping[int, pulp.LpVariable]
 ) -> list[tuple[pulp.LpVariable, float]]:
-    """A variable for the weights above what the caches hold, 1 where they are as many as can be, and what that many
+    """A variable for the weights above each of fetching's knees, 1 where they are as many as can be, and what that many
     cost, ms; none where they never cost anything. Fetching is convex in the weights: nothing to branch on."""
     weights = {i: problem.items[i].weight_mb for i in z}
     heaviest = [0.0] * problem.n_atoms
     for i, mb in weights.items():
         for atom in problem.items[i].atoms:
             heaviest[atom] = max(heaviest[atom], mb / len(problem.items[i].atoms))
-    free, most = problem.fetching.free_mb, sum(heaviest) - problem.fetching.free_mb
-    if most <= 1e-6 * sum(heaviest) or problem.fetching.ms_per_mb <= 0:
-        return []
-    above = _variable(lp, "fetched", pulp.LpContinuous)
-    lp += above >= pulp.LpAffineExpression([(z[i], mb / most) for i, mb in weights.items()]) - free / most, "fetching"
-    return [(above, most * problem.fetching.ms_per_mb)]
+    found = []
+    for k, knee in enumerate(problem.fetching.knees if problem.fetching.ms_per_mb > 0 else ()):
+        most = sum(heaviest) - knee
+        if most > 1e-6 * sum(heaviest):
+            above = _variable(lp, f"fetched{k}", pulp.LpContinuous)
+            total = pulp.LpAffineExpression([(z[i], mb / most) for i, mb in weights.items()])
+            lp += above >= total - knee / most, f"fetching{k}"
+            found.append((above, most * problem.fetching.ms_per_mb))
+    return found
 
 
 def _side(

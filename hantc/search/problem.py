@@ -168,7 +168,7 @@ def validate(problem: Problem) -> Usable:
             where="search",
             hint="measure again: the teacher's latency or its glue cost is not finite",
         )
-    if not all(math.isfinite(x) and x >= 0 for x in (problem.fetching.free_mb, problem.fetching.ms_per_mb)):
+    if not all(math.isfinite(x) and x >= 0 for x in (*problem.fetching.knees, problem.fetching.ms_per_mb)):
         raise HantcError(f"weights cannot cost {problem.fetching}", where="search", hint="measure again")
     use = usable(problem)
     covered = {a for i in use.items for a in problem.items[i].atoms}

@@ -12,6 +12,7 @@ import pytest
 
 from hantc.core.backend_api import Artefact
 from hantc.core.types import Correction, Fetching, Plan, Protocol, Timing, untouched
+from hantc.passes.fetching import fetching_for
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_plan, make_problem, parts_of, weight_mb
 from hantc.passes.state import Clock, Evaluated, State
@@ -81,7 +82,7 @@ def test_how_much_the_caches_hold_is_told_by_the_students() -> None:
     assert state.costs is not None
     rows = tuple(replace(r, params=4_000_000 if r.candidate == "teacher" else 100_000) for r in state.costs.rows)
     teacher_mb = 3 * 16.0
-    wrong, right = Fetching(2.0, 4.0 / (teacher_mb - 2.0)), Fetching(30.0, 4.0 / (teacher_mb - 30.0))
+    wrong, right = (fetching_for(4.0, held, teacher_mb) for held in (2.0, 30.0))
     state = replace(state, costs=replace(state.costs, rows=rows, fetching=wrong, teacher_ms=10.5))
     assert state.costs is not None
     real = replace(state, costs=replace(state.costs, fetching=right))
@@ -97,7 +98,7 @@ def test_how_much_the_caches_hold_is_told_by_the_students() -> None:
 
 
 def test_what_the_students_do_not_tell_stays_the_tables() -> None:
-    """The teacher takes four times as long for its weights, and none of the students has any: how many stay in the
+    """The teacher takes three times as long for its weights, and none of the students has any: how many stay in the
     caches is what the table says."""
     state = wide()
     assert state.costs is not None
@@ -107,10 +108,10 @@ def test_what_the_students_do_not_tell_stays_the_tables() -> None:
     problem = make_problem(state, math.inf)
     light = [make_plan(state, problem, s) for s in solve_diverse(replace(problem, budget=4.6), 4)]
     light = [p for p in light if weight_mb(costs, p) == 0.0]
-    found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 5.6, None, None) for p in light]
+    found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 4.0, None, None) for p in light]
     after = corrected(state, trials(state, found))
-    assert found and after.fetching.free_mb == pytest.approx(min(10.0, 24.0 - 5.6 / 0.25))
-    assert after.correction.fetching * after.fetching.ms(24.0) == pytest.approx(5.6, rel=0.1)
+    assert found and after.fetching.free_mb == pytest.approx(min(10.0, 24.0 * (1 - 4.0 / 4.5)))
+    assert after.correction.fetching * after.fetching.ms(24.0) == pytest.approx(4.0, rel=0.1)
 
 
 def test_kinds_that_cost_more_in_networks_are_found() -> None:

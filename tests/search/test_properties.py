@@ -51,7 +51,8 @@ def problems(draw: st.DrawFn) -> Problem:
     side = st.one_of(st.none(), st.integers(0, n - 1))
     borders = tuple(Border(draw(side), draw(side), draw(figure)) for _ in range(draw(st.integers(0, 4))))
     budget = draw(st.integers(0, 20 * n)) / 8
-    fetching = Fetching(draw(figure), draw(st.sampled_from([0.0, 0.0, 0.25, 1.0])))
+    steep = draw(st.one_of(st.none(), figure))
+    fetching = Fetching(draw(figure), draw(st.sampled_from([0.0, 0.0, 0.25, 1.0])), steep)
     return Problem(n, tuple(draw(st.permutations(items))), draw(figure) / 4, budget, borders, fetching=fetching)
 
 
