@@ -145,7 +145,6 @@ def cmd_regions(argv: Sequence[str]) -> int:
     shape_option(p)
     p.add_argument("--why", action="store_true", help="also what nearly was a region, or nearly fitted a pattern")
     args = p.parse_args(argv)
-    from dataclasses import asdict
     from tempfile import TemporaryDirectory
 
     from hantc.core.config import parse_shapes
@@ -156,7 +155,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
     from hantc.dialect.rewrites.normalize import normalize
     from hantc.passes.load import check_runs, survives
     from hantc.passes.match import match_regions
-    from hantc.report.regions import regions_table
+    from hantc.report.regions import regions_json, regions_table
 
     with TemporaryDirectory() as place:
         file = model_file(args.model, Path(place), quiet=args.json)
@@ -167,7 +166,7 @@ def cmd_regions(argv: Sequence[str]) -> int:
         network = import_model(dequantized(model).model, where=file)
     check_runs(network, file)
     found = match_regions(normalize(network)[0], named=args.region, patterns=installed())
-    return show(args, lambda: asdict(found), lambda: regions_table(found, why=args.why))
+    return show(args, lambda: regions_json(found), lambda: regions_table(found, why=args.why))
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ class Meter:
         self._found: dict[str, dict[str, object]] = {}  # figures by key, those of what could not be timed among them
         self.pace: list[float] = []  # how much slower than at first the canary ran, each time
         try:
-            self._canary: Artefact | None = self._build(_canary_model())
+            self._canary: Artefact | None = self.build(_canary_model())
         except HantcError:  # a backend that lacks one of its operations: figures are as the clock gives them
             self._canary = None
         self.reference_ms = self._reference()
@@ -118,9 +118,10 @@ class Meter:
 
     def time(self, models: Sequence[ModelProto], protocol: Protocol | None = None) -> list[Timing]:
         """Time models interleaved with each other and the canary; figures on the canary's first clock."""
-        return self._measure([self._build(m) for m in models], protocol or self.protocol)
+        return self.measure([self.build(m) for m in models], protocol or self.protocol)
 
-    def _build(self, model: ModelProto) -> Artefact:
+    def build(self, model: ModelProto) -> Artefact:
+        """A model as the table's floats run it."""
         as_run = {"fp16": to_fp16, "bf16": in_bf16}.get(self.ctx.base, lambda m: m)
         return self.ctx.backend.build(as_run(model), self.build_spec)
 
@@ -129,11 +130,12 @@ class Meter:
         key = self.key(network=digest(model.SerializeToString().hex()), precision="fp32")
         found = self.ctx.store.get_json("network", key)
         if found is None:
-            found = asdict(self._measure([self.ctx.backend.build(model, self.build_spec)], self.thorough)[0])
+            found = asdict(self.measure([self.ctx.backend.build(model, self.build_spec)], self.thorough)[0])
             self.ctx.store.put_json("network", key, found)
         return Timing(**found).median_ms
 
-    def _measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
+    def measure(self, artefacts: Sequence[Artefact], protocol: Protocol) -> list[Timing]:
+        """`time` of what was built."""
         if self._canary is None:
             self.pace.append(1.0)
             return self.ctx.backend.measure(artefacts, protocol)
@@ -145,7 +147,7 @@ class Meter:
 
     def file(self, model: ModelProto, protocol: Protocol) -> Timing:
         """A finished file's latency, overhead included, on the canary's first clock; kept nowhere."""
-        return self._measure([self.ctx.backend.build(model, self.build_spec)], protocol)[0]
+        return self.measure([self.ctx.backend.build(model, self.build_spec)], protocol)[0]
 
     def _reference(self) -> float:
         """The canary's latency when this device was first timed, in milliseconds."""
@@ -218,10 +220,10 @@ class Meter:
         quant, opset = self._quant(first.row.precision), opset_of(first.model)
         around = frames.frame(first.in_shape, first.out_shape, quant, opset)
         lanes = 1 if first.chain else _COPIES
-        built, good = [self._build(frames.empty(first.in_shape, quant, opset, lanes))], []
+        built, good = [self.build(frames.empty(first.in_shape, quant, opset, lanes))], []
         for w in group:
             try:
-                built.append(self._build(around.around(w.model, _COPIES, chain=w.chain)))
+                built.append(self.build(around.around(w.model, _COPIES, chain=w.chain)))
                 good.append(w)
             except HantcError as error:
                 self.ctx.reporter.event("unsupported", candidate=w.row.candidate, reason=error.message)
@@ -230,7 +232,7 @@ class Meter:
         }
         if not good:
             return results
-        empty, *timings = self._measure(built, self.protocol)
+        empty, *timings = self.measure(built, self.protocol)
         fixed, each = empty.median_ms, 0.0
         if not first.chain:
             each = self._tail(first.out_shape, first.row.precision, opset)

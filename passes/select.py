@@ -38,7 +38,7 @@ _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
-_VERSION = 19
+_VERSION = 20
 _CLEARLY = 0.95  # of the teacher's time: less than this is a gain, and no chance
 
 _Known = dict[tuple[int, ...], Evaluated]  # by the solution's items

@@ -37,8 +37,8 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One selection, run as a real (not yet fine-tuned) student. `teacher_ms`: the teacher's latency beside it, on the
-    same clock. `loss` and `accuracy` on the search split."""
+    """One selection, run as a real (not yet fine-tuned) student. `teacher_ms`: the teacher's latency in the same state
+    of the host, on the same clock. `loss` and `accuracy` on the search split."""
 
     plan: Plan
     measured_ms: float

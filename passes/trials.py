@@ -16,6 +16,7 @@ from hantc.passes.glue import teachers_rows
 from hantc.passes.meter import Meter
 from hantc.passes.program import make_plan, parts_of, specs_of, weight_mb
 from hantc.passes.state import Context, Evaluated, State
+from hantc.passes.turns import Turns, at_one_state, in_turns
 from hantc.search.correction import Fit, fit_factors
 from hantc.search.problem import Problem, Solution
 
@@ -25,6 +26,7 @@ _TOGETHER = 0.05  # the same of all kinds: sessions and hours differ by that
 _SIZES = 16
 _EVIDENCE = 4.0  # of another size of the caches than the table's, twice the logarithm of the odds
 _SAMPLES = (8, 25)  # of each student that is timed: fewer where the run's time is short
+_TURNS = 5  # in which they are taken
 _LEFT_S = 25.0  # of the time left, for each of them: restless machines spend 0.8 % of it on a student, and time twenty
 _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -65,33 +67,48 @@ def write_student(state: State, ctx: Context, plan: Plan) -> ModelProto:
 
 def time_students(state: State, ctx: Context, plans: Sequence[Plan], models: Sequence[ModelProto]) -> list[Evaluated]:
     """Time each plan's `write_student` beside the teacher."""
+    return evaluated(state, plans, turns_of(state, ctx, models))
+
+
+def evaluated(state: State, plans: Sequence[Plan], found: Sequence[Turns]) -> list[Evaluated]:
+    """Plans with what their students take, from `turns_of`: all in one state of the host, that in which the teacher
+    takes what it usually took meanwhile."""
+    usual = statistics.median(teacher for own in found for _, teacher in own) if found else 0.0
+    slopes = _expected_slopes(state, plans)
+    times = [at_one_state(own, usual, slope) for own, slope in zip(found, slopes, strict=True)]
+    return [Evaluated(p, ms, usual, None, None) for p, ms in zip(plans, times, strict=True)]
+
+
+def turns_of(state: State, ctx: Context, models: Sequence[ModelProto], turns: int = _TURNS) -> list[Turns]:
+    """What each student takes, and the teacher beside it, turn by turn, in ms of the table's clock."""
     assert state.network is not None and state.costs is not None
-    if not plans:
+    if not models:
         return []
     meter, original = Meter(ctx), emit(state.network).model
     least, most = _SAMPLES
     samples = int(min(max(ctx.clock.remaining() / _LEFT_S, least), most))
-    protocol = ctx.protocol(warmup=3, samples=samples, min_sample_ms=12.0)
-    with ctx.reporter.bar(f"timing {len(plans)} students", 1.0) as bar:
-        # in pairs: in a round of ten a large teacher finds the caches cold each time, and looks slower than it is
-        pairs = []
-        for model in models:
-            pairs.append(meter.time([original, model], protocol))
-            bar.advance(1 / len(plans))
+    protocol = ctx.protocol(warmup=3, samples=-(-samples // _TURNS), min_sample_ms=12.0)
+    with ctx.reporter.bar(f"timing {len(models)} students", 1.0) as bar:
+        found = in_turns(meter, original, models, protocol, turns, bar.advance)
     # the reference network is the clock; the teacher is one only where there is no such network: its many weights
     # suffer more than students' where others use the caches and the memory too
     wanted, clock = state.costs.teacher_ms, meter.on_clock_of(state.costs)
-    paces = [wanted / teacher.median_ms if clock is None else clock for teacher, _ in pairs]
-    return [
-        Evaluated(p, student.median_ms * pace, teacher.median_ms * pace, None, None)
-        for p, (teacher, student), pace in zip(plans, pairs, paces, strict=True)
-    ]
+    return [[(ms * (clock or wanted / t), t * (clock or wanted / t)) for ms, t in own] for own in found]
+
+
+def _expected_slopes(state: State, plans: Sequence[Plan]) -> list[float]:
+    """How much longer each plan's student should take for each millisecond that the teacher does because of others: as
+    fetching its weights costs by the table, of what fetching the teacher's does."""
+    assert state.costs is not None and state.match is not None
+    costs, own = state.costs, teachers_rows(state.match.regions, state.costs.rows)
+    whole = costs.fetching.ms(sum(r.weight_mb for r in own))
+    return [costs.fetching.ms(weight_mb(costs, p)) / whole if whole > 0 else 0.0 for p in plans]
 
 
 def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
     """The table corrected by what whole students took. The teacher itself counts as one of them: kinds that few
-    students have stay near the table. What it takes beside them tells what its weights cost just then, which others on
-    the host decide with it; how many of them stay in the caches, the students tell."""
+    students have stay near the table. What it takes beside them tells what weights cost just then, which others on the
+    host decide with it; how many of them stay in the caches, the students tell."""
     assert state.costs is not None and state.match is not None
     costs = state.costs
     own = teachers_rows(state.match.regions, costs.rows)
@@ -99,14 +116,19 @@ def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
     priced = inside + costs.glue_ms + costs.fetching.ms(mb)
     now = statistics.median(t.teacher_ms for t in seen) if seen else priced
     measured = [t.ms for t in seen] + [now]
+    crowded = bool(seen) and now > SUSPECT * (inside + costs.glue_ms)
+
+    def level(trial: Trial) -> float:
+        """What weights cost beside this student, of what they do beside most."""
+        return max(0.0, trial.teacher_ms - inside - costs.glue_ms) / (now - inside - costs.glue_ms) if crowded else 1.0
 
     def fitted(fetching: Fetching) -> Fit:
         teacher = replace(_NOTHING, own=inside, glue=costs.glue_ms, fetching=fetching.ms(mb))
-        parts = [(*t.parts[:-1], fetching.ms(t.weight_mb)) for t in seen]
+        parts = [(*t.parts[:-1], level(t) * fetching.ms(t.weight_mb)) for t in seen]
         return fit_factors([*parts, astuple(teacher)], measured, list(_SPREAD.values()), _TOGETHER)
 
     fits = {costs.fetching: fitted(costs.fetching)}
-    if seen and now > SUSPECT * (inside + costs.glue_ms):
+    if crowded:
         held = [costs.fetching.free_mb, *(k / _SIZES * mb for k in range(_SIZES))]
         fits |= {f: fitted(f) for f in (fetching_for(now - inside - costs.glue_ms, free, mb) for free in held)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
@@ -65,6 +66,12 @@ class Region:
     atoms: tuple[int, ...]
     parent: str | None = None
     final_act: str = ""  # name of the trailing activation ("relu", "silu", …) or ""
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Arithmetic intensity in FP32 at batch 1: of what has to move at the least, which is input, output and weights
+        once each. Below a machine's peak over its bandwidth memory is the limit (Williams et al., "Roofline", 2009)."""
+        return 2 * self.macs / (4 * (math.prod(self.in_shape) + math.prod(self.out_shape) + self.params))
 
 
 @dataclass(frozen=True)

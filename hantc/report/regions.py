@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -10,12 +13,17 @@ from hantc.core.types import MatchResult
 from hantc.report.text import clean, fmt_count
 
 
+def regions_json(found: MatchResult) -> dict[str, Any]:
+    """The same for machines."""
+    regions = [{**asdict(r), "flops_per_byte": r.flops_per_byte} for r in found.regions]
+    return {**asdict(found), "regions": regions}
+
+
 def regions_table(found: MatchResult, *, why: bool = False) -> RenderableType:
     """Regions with kinds, shapes, sizes and nesting; then what is no region, and why; `why`: also what nearly was one
     of another kind."""
-    table = Table(
-        "region", "kind", "input", "output", "MACs", "params", "ops", "part of", title=f"{len(found.regions)} regions"
-    )
+    columns = ("region", "kind", "input", "output", "MACs", "params", "FLOPs/byte", "ops", "part of")
+    table = Table(*columns, title=f"{len(found.regions)} regions")
     for r in found.regions:
         table.add_row(
             Text(clean(r.name)),
@@ -24,6 +32,7 @@ def regions_table(found: MatchResult, *, why: bool = False) -> RenderableType:
             "×".join(map(str, r.out_shape)),
             fmt_count(r.macs),
             fmt_count(r.params),
+            f"{r.flops_per_byte:.2g}" if r.flops_per_byte < 10 else f"{r.flops_per_byte:.0f}",
             str(len(r.nodes)),
             r.parent or "",
         )

@@ -8,8 +8,10 @@ them). Then random selections, half of them in FP32, half of mixed precision, ar
 beside the teacher. Which regions change and into what is drawn among the candidates that are not slower than the
 teacher's own region: those that a compilation considers. `before`: the table as measured. `after`: the table corrected
 by `--probes` further random selections, as a compilation corrects it by the students that it times; these are not
-among the selections judged. Prints a row a model and kind; exit code 1 if after correction a median error is above
-5 %, any error above 15, or a student could not be built.
+among the selections judged. All students are timed in turns, a little at a time; `measured` is what each takes where
+the teacher beside it takes what it usually did (`hantc.passes.turns`), `as timed` the plain median of its turns. Prints
+a row a model and kind; exit code 1 if after correction a median error is above 5 %, any error above 15, or a student
+could not be built.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from hantc.ops.registry import build
 from hantc.passes.engine import statistics_at_once
 from hantc.passes.plug import origin_for
 from hantc.passes.program import make_plan, make_problem, parts_of, specs_of
-from hantc.passes.state import Context, Evaluated, State
-from hantc.passes.trials import corrected, time_students, trials, write_student
+from hantc.passes.state import Context, State
+from hantc.passes.trials import corrected, evaluated, trials, turns_of, write_student
 from hantc.pipeline import PROFILE, run_passes
 from hantc.report.live import RichReporter
 from hantc.search.problem import Problem, Solution, make_solution
@@ -105,22 +107,6 @@ def written(
     return kept
 
 
-def timed(
-    state: State, ctx: Context, problem: Problem, students: Sequence[tuple[str, Solution, ModelProto]], passes: int
-) -> list[list[Evaluated]]:
-    """What the students take, each of them in each of `passes` through all of them: what happens on the host at one
-    time or another happens to all alike."""
-    plans = [make_plan(state, problem, s) for _, s, _ in students]
-    rounds = [time_students(state, ctx, plans, [m for *_, m in students]) for _ in range(passes)]
-    return [list(own) for own in zip(*rounds, strict=True)]
-
-
-def middle(own: Sequence[Evaluated]) -> Evaluated:
-    """The median of what a student, and the teacher beside it, took."""
-    measured = statistics.median(e.measured_ms for e in own)
-    return replace(own[0], measured_ms=measured, teacher_ms=statistics.median(e.teacher_ms for e in own))
-
-
 def study(model: str, args: argparse.Namespace, reporter: Reporter) -> tuple[list[dict[str, Any]], int]:
     """One record for every student of a model: what was predicted, before and after, and what it takes. Those of kind
     "probe" are what the correction was fitted to. And how many that were drawn could not be built."""
@@ -143,27 +129,28 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> tuple[lis
         probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
         state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
         students = written(state, ctx, problem, [*(("probe", s) for s in probes), *drawn])
-        times = timed(state, ctx, problem, students, args.passes)
-        found = [middle(own) for own in times]
+        plans = [make_plan(state, problem, s) for _, s, _ in students]
+        turns = turns_of(state, ctx, [m for *_, m in students], 5 * args.passes)
+        found = evaluated(state, plans, turns)
         assert state.costs is not None and state.match is not None
         tried = [e for (kind, *_), e in zip(students, found, strict=True) if kind == "probe"]
         costs = corrected(state, trials(state, tried))
         fixed = make_problem(replace(state, costs=costs), math.inf)
-        for (kind, s, _), e, own in zip(students, found, times, strict=True):
+        for (kind, s, _), e, own in zip(students, found, turns, strict=True):
             after = make_solution(fixed, s.items, optimal=False, gap=math.inf).cost
             facts = {"model": Path(model).stem, "kind": kind, "teacher_ms": e.teacher_ms}
             picks = [str(problem.items[i]) for i in s.items]
             facts |= {"before": s.cost, "after": after, "measured": e.measured_ms, "picks": picks}
             parts = parts_of(state.match, state.costs, e.plan)
-            facts |= {"times": [(o.measured_ms, o.teacher_ms) for o in own]}
+            facts |= {"times": own, "as_timed": statistics.median(ms for ms, _ in own)}
             facts |= {"scale": state.costs.scale, "fetching": asdict(state.costs.fetching)}
             records.append({**facts, "parts": parts, "glue_ms": state.costs.glue_ms})
         return records, len(drawn) + len(probes) - len(students)
 
 
-def errors(records: Sequence[dict[str, Any]], when: str) -> list[float]:
+def errors(records: Sequence[dict[str, Any]], when: str, truth: str = "measured") -> list[float]:
     """Relative errors of the predictions, as they came."""
-    return [r[when] / r["measured"] - 1 for r in records]
+    return [r[when] / r[truth] - 1 for r in records]
 
 
 def plot(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -196,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("models", nargs="+", metavar="MODEL")
     p.add_argument("--selections", type=int, default=20)
     p.add_argument("--probes", type=int, default=6)
-    p.add_argument("--passes", type=int, default=1, help="time all students so many times, and take the medians")
+    p.add_argument("--passes", type=int, default=1, help="time all students so many times as a compilation would")
     p.add_argument("--target", default="xeon")
     p.add_argument("--backend")
     p.add_argument("--effort", default="quick")
@@ -213,17 +200,18 @@ def main(argv: Sequence[str]) -> int:
         records, missing = records + found, missing + lost
         if args.json:
             args.json.write_text(json.dumps(records, indent=1))
-    print("| network | students | median error before | worst | median after | worst |\n|---|---|---|---|---|---|")
+    print("| network | students | median error before | worst | median after | worst | after, as timed | worst |")
+    print("|---|---|---|---|---|---|---|---|")
     good = not missing
     records = [r for r in records if r["kind"] != "probe"]
     for model, kind in dict.fromkeys((r["model"], r["kind"]) for r in records):
         mine = [r for r in records if (r["model"], r["kind"]) == (model, kind)]
         cells = []
-        for when in ("before", "after"):
-            sizes = [abs(e) for e in errors(mine, when)]
+        for when, truth in (("before", "measured"), ("after", "measured"), ("after", "as_timed")):
+            sizes = [abs(e) for e in errors(mine, when, truth)]
             middle, worst = statistics.median(sizes), max(sizes)
             cells += [f"{100 * middle:.1f} %", f"{100 * worst:.1f} %"]
-        good &= middle <= MEDIAN and worst <= WORST
+            good &= truth != "measured" or when != "after" or (middle <= MEDIAN and worst <= WORST)
         print(f"| {model} | {len(mine)} {kind} | {' | '.join(cells)} |")
     if missing:
         print(f"{missing} students could not be built", file=sys.stderr)
