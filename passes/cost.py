@@ -32,7 +32,7 @@ from hantc.passes.meter import Meter, Work
 from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
-_VERSION = 6  # of what a table is made of beyond its rows: those made otherwise are not taken up again
+_VERSION = 7  # of what a table is made of beyond its rows: those made otherwise are not taken up again
 _SLACK = 0.8  # the peak may have been measured in a slower minute than the one that rows are scaled to
 
 

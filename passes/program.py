@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from hantc.core.types import UNUSABLE_MS, CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
-from hantc.passes.glue import glue_shares
+from hantc.core.types import UNUSABLE_MS, CandidateSpec, Choice, CostTable, Fetching, MatchResult, Plan, untouched
+from hantc.passes.glue import glue_shares, teachers_rows
 from hantc.passes.limits import Allowance
 from hantc.passes.state import State
 from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
@@ -20,7 +20,7 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
     sums, peaks = [b for b in bounds if b.adds_up], [b for b in bounds if not b.adds_up]
     items = []
     shares, outside = glue_shares(match, state.costs)
-    correction = state.costs.correction
+    correction, fetching = state.costs.correction, state.costs.fetching
     for row in state.scores:
         cost = costs.get((row.region, row.candidate, row.precision))
         if cost is None or row.dropped or cost.latency_ms >= UNUSABLE_MS:
@@ -30,12 +30,13 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
         atoms = frozenset(match.region(row.region).atoms)
         # a candidate that seems to improve the network does so by chance: it is worth the teacher, no more
         score = row.score if math.isnan(row.score) else max(0.0, row.score)  # max(0.0, nan) is 0.0
+        alone = _in_network_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
         ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
         ms += shares[row.region] * correction.glue
+        load = fetching.load_mb(cost.weight_mb, alone)
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
-        items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses, cost.weight_mb))
+        items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses, load))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
-    fetching = state.costs.fetching
     problem = Problem(
         match.n_atoms,
         tuple(items),
@@ -55,9 +56,13 @@ def inside_ms(costs: CostTable, candidate: str, precision: str, ms: float) -> fl
     Where they take less, that is the teacher's own doing (what engines fuse of it across the cuts), and says nothing of
     others: taking it for theirs too, ten students of EfficientNet-B0 in floats seemed 5 % too fast in the median, and
     without 2 %."""
-    kind = _kind(candidate, precision)
-    factor: float = getattr(costs.correction, kind)
-    return ms * (costs.scale if kind == "own" else max(1.0, costs.scale)) * factor
+    factor: float = getattr(costs.correction, _kind(candidate, precision))
+    return factor * _in_network_ms(costs, candidate, precision, ms)
+
+
+def _in_network_ms(costs: CostTable, candidate: str, precision: str, ms: float) -> float:
+    """`inside_ms` before students corrected it."""
+    return ms * (costs.scale if _kind(candidate, precision) == "own" else max(1.0, costs.scale))
 
 
 def _kind(candidate: str, precision: str) -> str:
@@ -70,7 +75,7 @@ def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, .
     now = asdict(costs.correction)
     shares, outside = glue_shares(match, costs)
     glue = outside + sum(shares[c.region] for c in plan.choices)
-    fetching = costs.fetching.ms(weight_mb(costs, plan))
+    fetching = costs.fetching.ms(load_mb(costs, plan, costs.fetching))
     inside = dict.fromkeys(now, 0.0) | {"glue": glue * now["glue"], "fetching": fetching * now["fetching"]}
     for c in plan.choices:
         inside[_kind(c.candidate, c.precision)] += c.cost_ms
@@ -78,10 +83,19 @@ def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, .
     return tuple(ms / now[kind] for kind, ms in inside.items())
 
 
-def weight_mb(costs: CostTable, plan: Plan) -> float:
-    """Megabytes of a plan's regions' weights."""
-    rows = costs.by_key()
-    return sum(rows[c.region, c.candidate, c.precision].weight_mb for c in plan.choices)
+def load_mb(costs: CostTable, plan: Plan, fetching: Fetching) -> float:
+    """The load on the caches of a plan's regions."""
+    rows, load = costs.by_key(), 0.0
+    for c in plan.choices:
+        row = rows[c.region, c.candidate, c.precision]
+        load += fetching.load_mb(row.weight_mb, _in_network_ms(costs, c.candidate, c.precision, row.latency_ms))
+    return load
+
+
+def teachers_load_mb(match: MatchResult, costs: CostTable, fetching: Fetching) -> float:
+    """That of the teacher's regions as they are."""
+    own = teachers_rows(match.regions, costs.rows)
+    return sum(fetching.load_mb(r.weight_mb, costs.scale * r.latency_ms) for r in own)
 
 
 def _borders(match: MatchResult, costs: CostTable) -> tuple[Border, ...]:

@@ -20,7 +20,7 @@ from hantc.passes.bench import Bench
 from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import Judge, fast_layout, output_kind
 from hantc.passes.limits import Allowance, allowances, check_reachable
-from hantc.passes.program import inside_ms, make_problem, specs_of
+from hantc.passes.program import inside_ms, load_mb, make_problem, specs_of, teachers_load_mb
 from hantc.passes.state import Context, Evaluated, State
 from hantc.passes.trials import Trial, corrected, measure_students, trials
 from hantc.search.explore import explore
@@ -166,9 +166,10 @@ class Select:
             own = inside_ms(state.costs, "teacher", ctx.base, own)
             choices.append(Choice(r.name, r.kind, candidate, ctx.base, 0.0, cost, own))
         saved = sum(c.teacher_cost_ms - c.cost_ms for c in choices)
-        before = sum(costs[c.region, "teacher", ctx.base].weight_mb for c in choices)
-        after = sum(costs[c.region, c.candidate, ctx.base].weight_mb for c in choices)
-        saved += state.costs.fetching.ms(before) - state.costs.fetching.ms(after)
+        fetching = state.costs.fetching
+        plan = Plan(tuple(choices), 0.0, 0.0, 0.0)
+        saved += fetching.ms(teachers_load_mb(state.match, state.costs, fetching))
+        saved -= fetching.ms(load_mb(state.costs, plan, fetching))
         budget = wanted_ms(state.costs, ctx) if ctx.config.budget else state.costs.teacher_ms
         method = {"method": "exact rewrites only (no --data)"}
         return Plan(tuple(choices), state.costs.teacher_ms - saved, budget, 0.0, method)

@@ -13,10 +13,11 @@ from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
 from hantc.passes.fetching import SUSPECT, fetching_for
 from hantc.passes.glue import teachers_rows
+from hantc.passes.limits import activation_bytes
 from hantc.passes.meter import Meter
-from hantc.passes.program import make_plan, parts_of, specs_of, weight_mb
+from hantc.passes.program import load_mb, make_plan, parts_of, specs_of, teachers_load_mb
 from hantc.passes.state import Context, Evaluated, State
-from hantc.passes.turns import Turns, at_one_state, in_turns
+from hantc.passes.turns import Room, Turns, at_one_state, in_turns
 from hantc.search.correction import Fit, fit_factors
 from hantc.search.problem import Problem, Solution
 
@@ -25,18 +26,17 @@ _SPREAD = {"own": 0.05, "floats": 0.1, "int8": 0.15, "borders": 0.5, "glue": 0.2
 _TOGETHER = 0.05  # the same of all kinds: sessions and hours differ by that
 _SIZES = 16
 _EVIDENCE = 4.0  # of another size of the caches than the table's, twice the logarithm of the odds
-_SAMPLES = (8, 25)  # of each student that is timed: fewer where the run's time is short
-_TURNS = 5  # in which they are taken
-_LEFT_S = 25.0  # of the time left, for each of them: restless machines spend 0.8 % of it on a student, and time twenty
+_TURNS = 5  # in which students are timed: fewer where the run's time is short
+_SHARE = 0.01  # of the time left, for each of them: some twenty are timed
 _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A student's `parts_of`, its regions' weights, what it took, and the teacher beside it, ms."""
+    """A student's `parts_of`, its plan, what it took, and the teacher in the same state of the host, ms."""
 
     parts: tuple[float, ...]
-    weight_mb: float
+    plan: Plan
     ms: float
     teacher_ms: float
 
@@ -45,7 +45,7 @@ def trials(state: State, found: Sequence[Evaluated]) -> list[Trial]:
     """What students of the state's own table tell of it."""
     assert state.costs is not None and state.match is not None
     match, costs = state.match, state.costs
-    return [Trial(parts_of(match, costs, e.plan), weight_mb(costs, e.plan), e.measured_ms, e.teacher_ms) for e in found]
+    return [Trial(parts_of(match, costs, e.plan), e.plan, e.measured_ms, e.teacher_ms) for e in found]
 
 
 def measure_students(state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]) -> list[Evaluated]:
@@ -85,11 +85,15 @@ def turns_of(state: State, ctx: Context, models: Sequence[ModelProto], turns: in
     if not models:
         return []
     meter, original = Meter(ctx), emit(state.network).model
-    least, most = _SAMPLES
-    samples = int(min(max(ctx.clock.remaining() / _LEFT_S, least), most))
-    protocol = ctx.protocol(warmup=3, samples=-(-samples // _TURNS), min_sample_ms=12.0)
-    with ctx.reporter.bar(f"timing {len(models)} students", 1.0) as bar:
-        found = in_turns(meter, original, models, protocol, turns, bar.advance)
+    protocol, before = ctx.protocol(warmup=3, samples=5, min_sample_ms=12.0), ctx.clock.remaining()
+    # a GPU's memory is not asked for: one at a time there
+    room = Room(ctx.memory_limit / 4 if ctx.base != "fp16" else 0.0, activation_bytes(state.network, ctx))
+
+    def late(students: int) -> bool:
+        return before - ctx.clock.remaining() > students * _SHARE * before
+
+    with ctx.reporter.bar(f"timing {len(models)} students", len(models)) as bar:
+        found = in_turns(meter, original, models, protocol, turns, room, late, bar.advance)
     # the reference network is the clock; the teacher is one only where there is no such network: its many weights
     # suffer more than students' where others use the caches and the memory too
     wanted, clock = state.costs.teacher_ms, meter.on_clock_of(state.costs)
@@ -100,9 +104,9 @@ def _expected_slopes(state: State, plans: Sequence[Plan]) -> list[float]:
     """How much longer each plan's student should take for each millisecond that the teacher does because of others: as
     fetching its weights costs by the table, of what fetching the teacher's does."""
     assert state.costs is not None and state.match is not None
-    costs, own = state.costs, teachers_rows(state.match.regions, state.costs.rows)
-    whole = costs.fetching.ms(sum(r.weight_mb for r in own))
-    return [costs.fetching.ms(weight_mb(costs, p)) / whole if whole > 0 else 0.0 for p in plans]
+    costs, fetching = state.costs, state.costs.fetching
+    whole = fetching.ms(teachers_load_mb(state.match, costs, fetching))
+    return [fetching.ms(load_mb(costs, p, fetching)) / whole if whole > 0 else 0.0 for p in plans]
 
 
 def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
@@ -113,24 +117,33 @@ def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
     costs = state.costs
     own = teachers_rows(state.match.regions, costs.rows)
     inside, mb = costs.scale * sum(r.latency_ms for r in own), sum(r.weight_mb for r in own)
-    priced = inside + costs.glue_ms + costs.fetching.ms(mb)
+
+    def whole_ms(fetching: Fetching) -> float:
+        assert state.match is not None
+        return fetching.ms(teachers_load_mb(state.match, costs, fetching))
+
+    priced = inside + costs.glue_ms + whole_ms(costs.fetching)
     now = statistics.median(t.teacher_ms for t in seen) if seen else priced
     measured = [t.ms for t in seen] + [now]
-    crowded = bool(seen) and now > SUSPECT * (inside + costs.glue_ms)
+    apart = inside + costs.glue_ms
 
-    def level(trial: Trial) -> float:
-        """What weights cost beside this student, of what they do beside most."""
-        return max(0.0, trial.teacher_ms - inside - costs.glue_ms) / (now - inside - costs.glue_ms) if crowded else 1.0
+    def excess(teacher_ms: float) -> float:
+        """What the teacher takes for its weights; a little where it does not seem to, for ratios of it."""
+        return max(0.0, teacher_ms - apart) + (SUSPECT - 1) * apart
 
     def fitted(fetching: Fetching) -> Fit:
-        teacher = replace(_NOTHING, own=inside, glue=costs.glue_ms, fetching=fetching.ms(mb))
-        parts = [(*t.parts[:-1], level(t) * fetching.ms(t.weight_mb)) for t in seen]
+        teacher = replace(_NOTHING, own=inside, glue=costs.glue_ms, fetching=whole_ms(fetching))
+        # fetching costs what it does where the teacher takes as long as beside most; rounds differ in that
+        loads = [fetching.ms(load_mb(costs, t.plan, fetching)) for t in seen]
+        fetched = [excess(t.teacher_ms) / excess(now) * ms for t, ms in zip(seen, loads, strict=True)]
+        parts = [(*t.parts[:-1], ms) for t, ms in zip(seen, fetched, strict=True)]
         return fit_factors([*parts, astuple(teacher)], measured, list(_SPREAD.values()), _TOGETHER)
 
     fits = {costs.fetching: fitted(costs.fetching)}
-    if crowded:
-        held = [costs.fetching.free_mb, *(k / _SIZES * mb for k in range(_SIZES))]
-        fits |= {f: fitted(f) for f in (fetching_for(now - inside - costs.glue_ms, free, mb) for free in held)}
+    if seen and now > SUSPECT * apart:
+        rate = mb / inside if inside > 0 else 0.0
+        held = [costs.fetching.free_mb, *(k / _SIZES * 2 * mb for k in range(_SIZES))]
+        fits |= {f: fitted(f) for f in (fetching_for(now - apart, free, 2 * mb, rate) for free in held)}
 
     def unlikely(fetching: Fetching) -> tuple[float, float]:
         """Of sizes that the students do not tell apart, the table's is the likeliest, and what is nearest to it."""

@@ -10,18 +10,30 @@ the teacher took beside one, above or below what it usually took, is taken off a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from onnx import ModelProto
 
+from hantc.core.backend_api import Artefact
 from hantc.core.types import Protocol
 from hantc.passes.meter import Meter
 
-_OPEN_BYTES = 1 << 30  # of students' files whose sessions are open at once
-_APART = 0.03  # of what the teacher takes: two turns that differ by less say nothing of what students make of it
-_PAIRS = 3
+_LEAST = 2  # turns, whatever the time
+_OPEN = 3  # times a file is what its session takes: as it was read, as it runs, and products' own layouts
+_APART = 0.06  # of what the teacher takes: turns that differ by less say little of what students make of it
+_STEEPEST = 1.5  # times as much more as the teacher, in proportion: what no student goes beyond
 
 Turns = list[tuple[float, float]]  # in each turn what a student took, and the teacher beside it, ms
+
+
+@dataclass(frozen=True)
+class Room:
+    """What students' sessions may take together, and each one's activations, bytes."""
+
+    together: float
+    activations: float
 
 
 def in_turns(
@@ -30,32 +42,53 @@ def in_turns(
     students: Sequence[ModelProto],
     protocol: Protocol,
     turns: int,
-    progress: Callable[[float], None],
+    room: Room,
+    late: Callable[[int], bool] = lambda done: False,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> list[Turns]:
     """Time every student beside the teacher in each of so many turns through all of them; the protocol holds for one
-    turn. Where their files are too large to be open at once, groups of them follow one another. `progress` is told each
-    share that is done."""
+    turn. Where they have no room together, groups of them follow one another. No further turn begins (but the second)
+    if it is `late` for so many students; `progress` is told each part of a student that is done."""
     found: list[Turns] = []
-    for group in _groups(students):
-        beside, *built = [meter.build(m) for m in (teacher, *group)]
-        mine: list[Turns] = [[] for _ in group]
-        for _ in range(turns):
-            for own, artefact in zip(mine, built, strict=True):
-                # in pairs: in a round of ten a large teacher finds the caches cold each time
-                a, b = meter.measure([beside, artefact], protocol)
-                own.append((b.median_ms, a.median_ms))
-                progress(1 / turns / len(students))
-        found += mine
+    beside = meter.build(teacher)
+    for group in _groups(students, room):
+        found += _group(meter, beside, group, protocol, turns, partial(late, len(found) + len(group)), progress)
     return found
 
 
-def _groups(models: Sequence[ModelProto]) -> Iterator[list[ModelProto]]:
+def _group(
+    meter: Meter,
+    beside: Artefact,
+    group: Sequence[ModelProto],
+    protocol: Protocol,
+    turns: int,
+    late: Callable[[], bool],
+    progress: Callable[[float], None],
+) -> list[Turns]:
+    built = [meter.build(m) for m in group]
+    found: list[Turns] = [[] for _ in group]
+    for turn in range(turns):
+        if turn >= _LEAST and late():
+            progress(len(group) * (1 - turn / turns))
+            break
+        for own, artefact in zip(found, built, strict=True):
+            # in pairs: in a round of ten a large teacher finds the caches cold each time
+            a, b = meter.measure([beside, artefact], protocol if turn == 0 else replace(protocol, warmup=1))
+            own.append((b.median_ms, a.median_ms))
+            progress(1 / turns)
+    return found
+
+
+def _groups(models: Sequence[ModelProto], room: Room) -> Iterator[list[ModelProto]]:
     group: list[ModelProto] = []
+    taken = 0.0
     for model in models:
-        if group and sum(m.ByteSize() for m in [*group, model]) > _OPEN_BYTES:
+        needed = _OPEN * model.ByteSize() + room.activations
+        if group and taken + needed > room.together:
             yield group
-            group = []
+            group, taken = [], 0.0
         group.append(model)
+        taken += needed
     if group:
         yield group
 
@@ -63,14 +96,17 @@ def _groups(models: Sequence[ModelProto]) -> Iterator[list[ModelProto]]:
 def at_one_state(turns: Turns, usual: float, expected: float) -> float:
     """What a student takes where the teacher beside it takes `usual` ms.
 
-    How much longer it takes for each millisecond that the teacher does is the median of what any two turns say (Theil
-    and Sen's estimator: a turn or two that something else disturbed do not move it), never less than 0, nor more than
-    2; or as `expected`, where the teacher took about the same in all. Medians are moved, not single turns: what
-    students take grows faster than in proportion, and straight lines through far turns lie above what near ones took.
+    How much longer it takes for each millisecond that the teacher does is the median of what any two turns say that lie
+    apart (Theil and Sen's estimator), never less than 0; or as `expected`, where the teacher took about the same in all
+    turns but one. Medians are moved, not single turns: what students take grows faster than in proportion, and straight
+    lines through far turns lie above what near ones took.
     """
     own, beside = np.array(turns, float).T
-    i, j = np.triu_indices(len(turns), 1)
-    apart = beside[j] - beside[i]
-    told = np.abs(apart) > _APART * usual
-    slope = float(np.median((own[j] - own[i])[told] / apart[told])) if told.sum() >= _PAIRS else expected
-    return float(np.median(own) - min(max(slope, 0.0), 2.0) * (np.median(beside) - usual))
+    middle, ordered, slope = float(np.median(own)), np.sort(beside), expected
+    if len(turns) > 3 and ordered[-2] - ordered[1] > _APART * usual:
+        i, j = np.triu_indices(len(turns), 1)
+        apart = beside[j] - beside[i]
+        told = np.abs(apart) > _APART * usual
+        slope = float(np.median((own[j] - own[i])[told] / apart[told]))
+    most = _STEEPEST * middle / float(np.median(beside))
+    return middle - min(max(slope, 0.0), most) * (float(np.median(beside)) - usual)

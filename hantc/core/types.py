@@ -222,22 +222,28 @@ class Correction:
 
 @dataclass(frozen=True)
 class Fetching:
-    """What a network takes, beyond its parts, to fetch weights that the caches do not hold all at once: `ms_per_mb` for
-    each megabyte of its regions' weights above `free_mb`, and as much again for each above `steep_mb`: caches lose
-    their hold little by little."""
+    """What a network takes, beyond its parts, to fetch weights that the caches no longer hold when their turn comes
+    again. Until then the network's other weights have passed there, and what others on the host brought in meanwhile,
+    `mb_per_ms`: the sum is its load (the reuse distance of its weights). Each megabyte of load above `free_mb` costs
+    `ms_per_mb`, and as much again above `steep_mb`: caches lose their hold little by little."""
 
     free_mb: float = 0.0
     ms_per_mb: float = 0.0
     steep_mb: float | None = None
+    mb_per_ms: float = 0.0
 
     @property
     def knees(self) -> tuple[float, ...]:
         """Where a megabyte begins to cost, and to cost twice as much."""
         return (self.free_mb,) if self.steep_mb is None else (self.free_mb, self.steep_mb)
 
-    def ms(self, weight_mb: float) -> float:
-        """Milliseconds for all regions' weights together."""
-        return self.ms_per_mb * sum(max(0.0, weight_mb - knee) for knee in self.knees)
+    def load_mb(self, weight_mb: float, ms: float) -> float:
+        """The load of regions with so many megabytes of weights that take so many ms as parts."""
+        return weight_mb + self.mb_per_ms * ms
+
+    def ms(self, load_mb: float) -> float:
+        """Milliseconds for the load of all regions together."""
+        return self.ms_per_mb * sum(max(0.0, load_mb - knee) for knee in self.knees)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ def regions_json(found: MatchResult) -> dict[str, Any]:
 def regions_table(found: MatchResult, *, why: bool = False) -> RenderableType:
     """Regions with kinds, shapes, sizes and nesting; then what is no region, and why; `why`: also what nearly was one
     of another kind."""
-    columns = ("region", "kind", "input", "output", "MACs", "params", "FLOPs/byte", "ops", "part of")
-    table = Table(*columns, title=f"{len(found.regions)} regions")
+    table = Table(title=f"{len(found.regions)} regions", padding=(0, 0, 0, 1))
+    for name in ("region", "kind", "input", "output", "MACs", "params", "FLOP/B", "ops", "part of"):
+        table.add_column(name, no_wrap=name == "region")
     for r in found.regions:
         table.add_row(
             Text(clean(r.name)),

@@ -123,7 +123,7 @@ def _reduce(task: Task) -> _Reduced:
 
 def _undominated(task: Task, score: Mapping[int, float], cost: Mapping[int, float], touched: set[int]) -> list[int]:
     """Item a beats b if it stands in the same place, looks the same to the borders, is no worse in score, cost, uses
-    and weights (where those cost anything), and is in no cut that b is not in: putting a for b then keeps any selection
+    and load (where that costs anything), and is in no cut that b is not in: putting a for b then keeps any selection
     valid and no worse."""
     cuts = {i: frozenset(k for k, cut in enumerate(task.cuts) if i in cut) for i in score}
     groups: dict[tuple[frozenset[int], bool], list[int]] = {}
@@ -132,16 +132,16 @@ def _undominated(task: Task, score: Mapping[int, float], cost: Mapping[int, floa
         groups.setdefault((item.atoms, item.int8 and not touched.isdisjoint(item.atoms)), []).append(i)
     items = task.problem.items
 
-    def weight(i: int) -> float:
-        return items[i].weight_mb if task.problem.fetching.ms_per_mb > 0 else 0.0
+    def load(i: int) -> float:
+        return items[i].load_mb if task.problem.fetching.ms_per_mb > 0 else 0.0
 
     def thriftier(j: int, i: int) -> bool:
-        return weight(j) <= weight(i) and all(a <= b for a, b in zip(items[j].uses, items[i].uses, strict=True))
+        return load(j) <= load(i) and all(a <= b for a, b in zip(items[j].uses, items[i].uses, strict=True))
 
     kept: list[int] = []
     for members in groups.values():
         best: list[int] = []
-        for i in sorted(members, key=lambda i: (score[i], cost[i], weight(i), len(cuts[i]), i)):
+        for i in sorted(members, key=lambda i: (score[i], cost[i], load(i), len(cuts[i]), i)):
             if not any(cost[j] <= cost[i] and cuts[j] <= cuts[i] and thriftier(j, i) for j in best):
                 best.append(i)
         kept += best
@@ -232,11 +232,11 @@ def _crossings(lp: pulp.LpProblem, problem: Problem, reduced: _Reduced) -> list[
 def _fetched(
     lp: pulp.LpProblem, problem: Problem, z: Mapping[int, pulp.LpVariable]
 ) -> list[tuple[pulp.LpVariable, float]]:
-    """A variable for the weights above each of fetching's knees, 1 where they are as many as can be, and what that many
-    cost, ms; none where they never cost anything. Fetching is convex in the weights: nothing to branch on."""
-    weights = {i: problem.items[i].weight_mb for i in z}
+    """A variable for the load above each of fetching's knees, 1 where it is as much as can be, and what that much
+    costs, ms; none where it never costs anything. Fetching is convex in the load: nothing to branch on."""
+    loads = {i: problem.items[i].load_mb for i in z}
     heaviest = [0.0] * problem.n_atoms
-    for i, mb in weights.items():
+    for i, mb in loads.items():
         for atom in problem.items[i].atoms:
             heaviest[atom] = max(heaviest[atom], mb / len(problem.items[i].atoms))
     found = []
@@ -244,7 +244,7 @@ def _fetched(
         most = sum(heaviest) - knee
         if most > 1e-6 * sum(heaviest):
             above = _variable(lp, f"fetched{k}", pulp.LpContinuous)
-            total = pulp.LpAffineExpression([(z[i], mb / most) for i, mb in weights.items()])
+            total = pulp.LpAffineExpression([(z[i], mb / most) for i, mb in loads.items()])
             lp += above >= total - knee / most, f"fetching{k}"
             found.append((above, most * problem.fetching.ms_per_mb))
     return found

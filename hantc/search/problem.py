@@ -25,7 +25,7 @@ class Item:
     cost: float
     atoms: frozenset[int]
     uses: tuple[float, ...] = ()  # of each of the problem's limits
-    weight_mb: float = 0.0
+    load_mb: float = 0.0  # on the caches
 
     @property
     def int8(self) -> bool:
@@ -58,7 +58,7 @@ class Limit:
 @dataclass(frozen=True)
 class Problem:
     """Pick items that cover each of the atoms 0…n_atoms-1 exactly once, with the least sum of scores, so that
-    `fixed_cost` + costs + borders + `fetching` of all items' weights <= `budget` (ms; `math.inf` for none), and every
+    `fixed_cost` + costs + borders + `fetching` of all items' loads <= `budget` (ms; `math.inf` for none), and every
     one of `limits` holds."""
 
     n_atoms: int
@@ -122,8 +122,8 @@ def _item_flaw(item: Item, problem: Problem) -> str:
         return f"score is {item.score}"
     if not math.isfinite(item.cost):
         return f"cost is {item.cost}"
-    if not (math.isfinite(item.weight_mb) and item.weight_mb >= 0):
-        return f"weighs {item.weight_mb} MB"
+    if not (math.isfinite(item.load_mb) and item.load_mb >= 0):
+        return f"loads caches with {item.load_mb} MB"
     if not item.atoms:
         return "covers no atom"
     if len(item.uses) != len(problem.limits) or not all(math.isfinite(u) and u >= 0 for u in item.uses):
@@ -168,7 +168,10 @@ def validate(problem: Problem) -> Usable:
             where="search",
             hint="measure again: the teacher's latency or its glue cost is not finite",
         )
-    if not all(math.isfinite(x) and x >= 0 for x in (*problem.fetching.knees, problem.fetching.ms_per_mb)):
+    if not all(
+        math.isfinite(x) and x >= 0
+        for x in (*problem.fetching.knees, problem.fetching.ms_per_mb, problem.fetching.mb_per_ms)
+    ):
         raise HantcError(f"weights cannot cost {problem.fetching}", where="search", hint="measure again")
     use = usable(problem)
     covered = {a for i in use.items for a in problem.items[i].atoms}
@@ -204,7 +207,7 @@ def evaluate(problem: Problem, picked: Iterable[int]) -> tuple[float, float]:
     borders = (
         b for b in problem.borders if not _border_flaw(b, problem.n_atoms) and is_int8(b.left) != is_int8(b.right)
     )
-    fetching = problem.fetching.ms(math.fsum(problem.items[i].weight_mb for i in chosen))
+    fetching = problem.fetching.ms(math.fsum(problem.items[i].load_mb for i in chosen))
     items = (problem.items[i].cost for i in chosen)
     return score, math.fsum([problem.fixed_cost, *items, *(b.cost for b in borders), fetching])
 

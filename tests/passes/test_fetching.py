@@ -81,43 +81,47 @@ def test_what_a_teacher_takes_for_its_weights_is_told_apart() -> None:
     beginnings = Beginnings(some, Beginning(16.0, 6.5, 6.5 * 1.03 + 1.0), 0.0)
     found = balance(chain(), HEAVY, 6.5 * 1.03 + 1.5, 0.5, beginnings)
     assert found.scale == pytest.approx(1.03) and found.glue_ms == pytest.approx(0.5 * 1.03)
-    assert 8.0 <= found.fetching.free_mb <= 10.0
-    assert found.fetching.ms(16.0) == pytest.approx(1.5), "what it takes when the table is made, not just then"
+    assert found.fetching.mb_per_ms == pytest.approx(16.0 / 6.5 / 1.03), "as much again, while the teacher runs"
+    assert found.fetching.load_mb(8.0, 2.06) <= found.fetching.free_mb <= found.fetching.load_mb(9.5, 2.5)
+    load = found.fetching.load_mb(16.0, 6.0 * 1.03)
+    assert found.fetching.ms(load) == pytest.approx(1.5), "what it takes when the table is made, not just then"
     assert found.fetching.ms_per_mb <= 0.25
     calm = balance(chain(), HEAVY, 6.5 * 1.02, 0.5, beginnings)
     assert calm.scale == pytest.approx(1.02) and calm.fetching == Fetching()
 
 
-@pytest.mark.parametrize("outside_mb", [4.0, 12.0])
+@pytest.mark.parametrize("outside_mb", [4.0, 24.0])
 def test_what_is_outside_the_regions_takes_its_place_in_the_caches(outside_mb: float) -> None:
-    """Of 10 MB that they hold. Where it leaves none, part of the fetching is no region's."""
+    """Of a load of 20 MB up to which they hold. Where it leaves none, part of the fetching is no region's."""
     mb = 16.0 + outside_mb
-    truth = Fetching(10.0, 0.05, (10.0 + mb) / 2)
-    whole = Beginning(mb, 6.5, 6.5 + truth.ms(mb))
-    some = [Beginning(w, w / 4, w / 4 + truth.ms(w)) for w in (4.0, 8.0, 10.0, 12.0, 14.0, 16.0)]
+    rate = mb / 6.5
+    truth = Fetching(20.0, 0.03, (20.0 + 2 * mb) / 2, rate)
+    whole = Beginning(mb, 6.5, 6.5 + truth.ms(2 * mb))
+    some = [Beginning(w, p, p + truth.ms(truth.load_mb(w, p)))
+            for w, p in ((4.0, 2.0), (8.0, 3.0), (10.0, 4.0), (12.0, 5.0), (14.0, 5.5), (16.0, 6.2))]  # fmt: skip
     found = balance(chain(), HEAVY, whole.together_ms, 0.5, Beginnings(tuple(some), whole, outside_mb))
-    assert found.scale == pytest.approx(1.0, abs=0.01)
-    assert found.fetching.free_mb == pytest.approx(max(0.0, 10.0 - outside_mb), abs=0.6)
-    assert found.fetching.ms_per_mb == pytest.approx(0.05, rel=0.1)
-    assert found.fetching.steep_mb == pytest.approx((26.0 - outside_mb) / 2, abs=0.6)
-    assert found.glue_ms == pytest.approx(0.5 + 0.05 * max(0.0, outside_mb - 10.0), abs=0.1)
-    assert 6 * found.scale + found.glue_ms + found.fetching.ms(16.0) == pytest.approx(whole.together_ms)
+    load = found.fetching.load_mb(16.0, 6.0)
+    assert found.scale == pytest.approx(1.0, abs=0.01) and found.fetching.mb_per_ms == pytest.approx(rate, rel=0.01)
+    assert found.fetching.free_mb == pytest.approx(max(0.0, 20.0 - outside_mb), abs=1.0)
+    assert found.fetching.ms_per_mb == pytest.approx(0.03, rel=0.15)
+    assert found.fetching.steep_mb == pytest.approx((20.0 - outside_mb + load) / 2, abs=1.0)
+    assert 6 * found.scale + found.glue_ms + found.fetching.ms(load) == pytest.approx(whole.together_ms, rel=0.001)
 
 
 def missed(beginnings: Sequence[Beginning], whole: Beginning) -> float:
     """The fit's worst relative error, of those and the whole."""
     scale, held = fit_fetching(beginnings, whole)
-    fetching = whole.together_ms - scale * whole.apart_ms
-    assert 1.0 - 1e-9 <= scale <= max(1.0, whole.together_ms / whole.apart_ms) + 1e-9 and held < whole.weight_mb
-    shape = Fetching(held, 1.0, (held + whole.weight_mb) / 2)
-    share = [shape.ms(b.weight_mb) / shape.ms(whole.weight_mb) for b in beginnings]
+    fetching, load = whole.together_ms - scale * whole.apart_ms, 2 * whole.weight_mb
+    assert 1.0 - 1e-9 <= scale <= max(1.0, whole.together_ms / whole.apart_ms) + 1e-9 and held < load
+    shape = Fetching(held, 1.0, (held + load) / 2, whole.mb_per_ms)
+    share = [shape.ms(shape.load_mb(b.weight_mb, b.apart_ms)) / shape.ms(load) for b in beginnings]
     told = [scale * b.apart_ms + fetching * s for b, s in zip(beginnings, share, strict=True)]
     return max((abs(ms / b.together_ms - 1) for ms, b in zip(told, beginnings, strict=True)), default=0.0)
 
 
 def test_the_real_teachers_beginnings_are_fitted() -> None:
     scale, held = fit_fetching(CROWDED, WHOLE)
-    assert 1.02 <= scale <= 1.08 and 9.0 <= held <= 14.0
+    assert 1.02 <= scale <= 1.08 and 20.0 <= held <= 28.0
     assert missed(CROWDED, WHOLE) < 0.04
 
 
@@ -134,8 +138,9 @@ def test_what_networks_are_made_of_is_found(
     """Any factor, any size of cache, any cost of what is beyond it."""
     weights = [sum(w for w, _ in regions[: k + 1]) for k in range(len(regions))]
     apart = [0.1 + sum(ms for _, ms in regions[: k + 1]) for k in range(len(regions))]
-    truth = Fetching(held * weights[-1], rate / 2, (1 + held) * weights[-1] / 2)
-    points = [Beginning(w, p, scale * p + truth.ms(w)) for w, p in zip(weights, apart, strict=True)]
+    load = 2 * weights[-1]
+    truth = Fetching(held * load, rate / 4, (1 + held) * load / 2, weights[-1] / apart[-1])
+    points = [Beginning(w, p, scale * p + truth.ms(truth.load_mb(w, p))) for w, p in zip(weights, apart, strict=True)]
     assert missed(points, points[-1]) < 0.05
 
 
@@ -165,7 +170,8 @@ def test_memory_is_not_slower_than_a_quarter_of_a_millisecond_a_megabyte(ms: flo
 def test_what_memory_cannot_explain_is_everybodys() -> None:
     whole = Beginning(16.0, 6.5, 6.5 + 3.0 + 0.65)
     found = balance(chain(), HEAVY, whole.together_ms, 0.5, Beginnings((Beginning(8.0, 3.0, 3.0),), whole, 0.0))
-    assert found.scale == pytest.approx(1.1) and found.fetching == Fetching(0.0, 0.125, 8.0)
+    assert found.scale == pytest.approx(1.1)
+    assert found.fetching.ms(found.fetching.load_mb(16.0, 6.6)) == pytest.approx(3.0)
 
 
 class Forgetful(Moody):

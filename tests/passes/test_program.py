@@ -154,6 +154,20 @@ def test_weights_beyond_what_the_caches_hold_cost_together() -> None:
     assert solve(replace(problem, budget=6.6)).score > 0, "the teacher fits only without its weights"
 
 
+def test_time_empties_shared_caches_too() -> None:
+    """Others bring in two megabytes in each millisecond that parts take, before students corrected it."""
+    state = state_of(chain())
+    assert state.costs is not None
+    rows = tuple(replace(r, params=2_000_000 * (2 if "_" in r.region else 1)) for r in state.costs.rows)
+    costs = replace(state.costs, rows=rows, fetching=Fetching(12.0, 0.05, 20.0, 2.0), scale=1.5)
+    for correction in (Correction(), Correction(own=1.3, int8=0.7)):
+        problem = make_problem(replace(state, costs=replace(costs, correction=correction)), 9.0)
+        loads = {str(item): item.load_mb for item in problem.items}
+        ms = {(r.region, r.candidate, r.precision): r.latency_ms for r in rows}
+        assert loads["r00/teacher/fp32"] == pytest.approx(8.0 + 2.0 * 1.5 * ms["r00", "teacher", "fp32"])
+        assert loads["r00/teacher/int8"] == pytest.approx(2.0 + 2.0 * 1.5 * ms["r00", "teacher", "int8"])
+
+
 def test_borders_stand_between_neighbours_and_at_both_ends() -> None:
     borders = make_problem(state_of(chain()), 5.0).borders
     # half a quantise/dequantise pair each

@@ -42,12 +42,12 @@ def problems(draw: st.DrawFn) -> Problem:
     for a in range(n):
         for j in range(draw(st.integers(1, 4))):
             figures = draw(figure) - 1, draw(figure)
-            items.append(Item(f"r{a}", f"c{j}", draw(precision), *figures, frozenset({a}), weight_mb=draw(figure)))
+            items.append(Item(f"r{a}", f"c{j}", draw(precision), *figures, frozenset({a}), load_mb=draw(figure)))
     for j in range(draw(st.integers(0, 4)) if n > 1 else 0):
         first = draw(st.integers(0, n - 2))
         atoms = frozenset(range(first, draw(st.integers(first + 1, n - 1)) + 1))
         figures = draw(figure), draw(figure)
-        items.append(Item(f"s{first}", f"c{j}", draw(precision), *figures, atoms, weight_mb=draw(figure)))
+        items.append(Item(f"s{first}", f"c{j}", draw(precision), *figures, atoms, load_mb=draw(figure)))
     side = st.one_of(st.none(), st.integers(0, n - 1))
     borders = tuple(Border(draw(side), draw(side), draw(figure)) for _ in range(draw(st.integers(0, 4))))
     budget = draw(st.integers(0, 20 * n)) / 8
