@@ -97,7 +97,8 @@ class Cost:
         transitions = tuple((s, meter.border(s)) for s in shapes) if mixed else ()
         glue = measure_glue(meter, state, rows) if rows else None
         beginnings = measure_beginnings(meter, state, rows, glue, teacher_ms)
-        found = balance(state.match.regions, rows, teacher_ms, glue.ms if glue else None, beginnings)
+        inner_ms = glue.inner_ms if glue else 0.0
+        found = balance(state.match.regions, rows, teacher_ms, glue.ms if glue else None, beginnings, inner_ms)
         return CostTable(
             tuple(rows),
             teacher_ms,

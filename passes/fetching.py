@@ -106,16 +106,17 @@ def _timed(
     ends, found = [k for k in ends if apart[k] >= _LEAST * apart[-1]], []
     with meter.ctx.reporter.bar("measuring what weights cost", len(ends) + 2) as bar:
         # at both ends of it: what others do to the caches changes from one minute to the next
-        before = meter.file(whole, meter.thorough).median_ms
+        before = meter.time([whole], meter.thorough)[0].median_ms
         for k in ends:
             bar.advance()
             out = outputs[k]
             try:
                 model = emit(cut(network, first, out, shapes[first][1:], shapes[out][1:])).model
-                found.append(Beginning(float(weights[k]), float(apart[k]), meter.file(model, meter.thorough).median_ms))
+                together = meter.time([model], meter.thorough)[0].median_ms
+                found.append(Beginning(float(weights[k]), float(apart[k]), together))
             except HantcError as error:  # the engine does not take it alone
                 meter.ctx.reporter.event("unsupported", candidate=f"beginning up to {out}", reason=error.message)
-        after = meter.file(whole, meter.thorough).median_ms
+        after = meter.time([whole], meter.thorough)[0].median_ms
     mb = max(float(weights[-1]), whole_mb(whole, meter.ctx.base))
     total = Beginning(mb, float(apart[-1]) + last, (before + after) / 2)
     return Beginnings(tuple(found), total, max(0.0, mb - float(weights[-1])))
@@ -143,8 +144,9 @@ def balance(
     teacher_ms: float,
     glue_ms: float | None,
     beginnings: Beginnings | None = None,
+    inner_ms: float = 0.0,
 ) -> Balance:
-    """The balance of a table; `glue_ms` as timed apart, if it could be."""
+    """The balance of a table; `glue_ms` as timed apart, if it could be, `inner_ms` of it between layers of blocks."""
     own = teachers_rows(regions, rows)
     total, mb = sum(r.latency_ms for r in own), sum(r.weight_mb for r in own)
     floor = _FLOOR * teacher_ms
@@ -155,11 +157,11 @@ def balance(
         if beginnings is not None and scale > 1.0 and mb > 0:
             scale, held = fit_fetching(beginnings.some, beginnings.whole)
             rate = beginnings.whole.mb_per_ms
-            load = mb + rate * total
-            least = (teacher_ms - _most_ms(mb)) / (total + glue_ms)
+            load = mb + rate * (total + inner_ms)
+            least = (teacher_ms - most_ms(mb)) / (total + glue_ms)
             scale = min(max(scale, least), teacher_ms / (total + glue_ms))
-            # what is outside the regions takes its place in the caches whatever the plan
-            held -= beginnings.outside_mb
+            # what is outside the regions takes its place in the caches, and its time, whatever the plan
+            held -= beginnings.outside_mb + rate * (glue_ms - inner_ms)
             fetching = fetching_for(teacher_ms - scale * (total + glue_ms), held, load, rate / scale)
             outside_ms = max(0.0, teacher_ms - scale * (total + glue_ms) - fetching.ms(load))
         if _RATIO[0] <= scale <= _RATIO[1]:
@@ -182,13 +184,13 @@ def fetching_for(ms: float, held_mb: float, load_mb: float, mb_per_ms: float = 0
     time that it takes. Half or twice as much does hardly worse."""
     if ms <= _NOTHING_MS or load_mb <= 0:
         return Fetching()
-    held = held_mb if held_mb < 0 else max(0.0, min(held_mb, load_mb * (1 - ms / _most_ms(load_mb))))
+    held = held_mb if held_mb < 0 else max(0.0, min(held_mb, load_mb * (1 - ms / most_ms(load_mb))))
     rate = min(_SLOWEST / 2, ms / (_TWICE * (load_mb - held)))
     return Fetching(max(0.0, held), rate, max(0.0, _steep(held, load_mb)), mb_per_ms)
 
 
-def _most_ms(mb: float) -> float:
-    """What fetching so many megabytes takes at most."""
+def most_ms(mb: float) -> float:
+    """What fetching so many megabytes takes at most, ms."""
     return _SLOWEST / 2 * _TWICE * mb
 
 

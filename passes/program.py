@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from hantc.core.types import UNUSABLE_MS, CandidateSpec, Choice, CostTable, Fetching, MatchResult, Plan, untouched
+from hantc.core.types import UNUSABLE_MS, CandidateSpec, Choice, CostTable, MatchResult, Plan, untouched
 from hantc.passes.glue import glue_shares, teachers_rows
 from hantc.passes.limits import Allowance
 from hantc.passes.state import State
-from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean
+from hantc.search.problem import Border, Item, Limit, Problem, Solution, clean, evaluate
 
 
 def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = ()) -> Problem:
@@ -33,7 +33,7 @@ def make_problem(state: State, budget_ms: float, bounds: Sequence[Allowance] = (
         alone = _in_network_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
         ms = inside_ms(state.costs, row.candidate, row.precision, cost.latency_ms)
         ms += shares[row.region] * correction.glue
-        load = fetching.load_mb(cost.weight_mb, alone)
+        load = fetching.load_mb(cost.weight_mb, alone + shares[row.region])
         uses = tuple(b.uses[row.region, row.candidate] for b in sums)
         items.append(Item(row.region, row.candidate, row.precision, score, ms, atoms, uses, load))
     limits = tuple(Limit(b.option, b.fixed, b.most) for b in sums)
@@ -75,7 +75,7 @@ def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, .
     now = asdict(costs.correction)
     shares, outside = glue_shares(match, costs)
     glue = outside + sum(shares[c.region] for c in plan.choices)
-    fetching = costs.fetching.ms(load_mb(costs, plan, costs.fetching))
+    fetching = costs.fetching.ms(costs.fetching.load_mb(*footprint(match, costs, plan)))
     inside = dict.fromkeys(now, 0.0) | {"glue": glue * now["glue"], "fetching": fetching * now["fetching"]}
     for c in plan.choices:
         inside[_kind(c.candidate, c.precision)] += c.cost_ms
@@ -83,19 +83,26 @@ def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, .
     return tuple(ms / now[kind] for kind, ms in inside.items())
 
 
-def load_mb(costs: CostTable, plan: Plan, fetching: Fetching) -> float:
-    """The load on the caches of a plan's regions."""
-    rows, load = costs.by_key(), 0.0
-    for c in plan.choices:
-        row = rows[c.region, c.candidate, c.precision]
-        load += fetching.load_mb(row.weight_mb, _in_network_ms(costs, c.candidate, c.precision, row.latency_ms))
-    return load
+def teachers_cost(problem: Problem) -> float:
+    """What the teacher takes as its parts, by a problem's figures, ms."""
+    own = [i for i, o in enumerate(problem.items) if len(o.atoms) == 1 and untouched(o.candidate, o.precision)]
+    return evaluate(problem, own)[1]
 
 
-def teachers_load_mb(match: MatchResult, costs: CostTable, fetching: Fetching) -> float:
+def footprint(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, float]:
+    """What a plan's regions load the caches with: megabytes of weights, and ms as parts, before students corrected
+    them, with what lies between the layers of blocks."""
+    rows, (shares, _) = costs.by_key(), glue_shares(match, costs)
+    own = [rows[c.region, c.candidate, c.precision] for c in plan.choices]
+    ms = [_in_network_ms(costs, r.candidate, r.precision, r.latency_ms) + shares[r.region] for r in own]
+    return math.fsum(r.weight_mb for r in own), math.fsum(ms)
+
+
+def teachers_footprint(match: MatchResult, costs: CostTable) -> tuple[float, float]:
     """That of the teacher's regions as they are."""
-    own = teachers_rows(match.regions, costs.rows)
-    return sum(fetching.load_mb(r.weight_mb, costs.scale * r.latency_ms) for r in own)
+    own, (shares, _) = teachers_rows(match.regions, costs.rows), glue_shares(match, costs)
+    ms = [costs.scale * r.latency_ms + shares[r.region] for r in own]
+    return math.fsum(r.weight_mb for r in own), math.fsum(ms)
 
 
 def _borders(match: MatchResult, costs: CostTable) -> tuple[Border, ...]:

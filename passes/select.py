@@ -20,7 +20,7 @@ from hantc.passes.bench import Bench
 from hantc.passes.distill import wanted_ms
 from hantc.passes.engine import Judge, fast_layout, output_kind
 from hantc.passes.limits import Allowance, allowances, check_reachable
-from hantc.passes.program import inside_ms, load_mb, make_problem, specs_of, teachers_load_mb
+from hantc.passes.program import footprint, inside_ms, make_problem, specs_of, teachers_cost, teachers_footprint
 from hantc.passes.state import Context, Evaluated, State
 from hantc.passes.trials import Trial, corrected, measure_students, trials
 from hantc.search.explore import explore
@@ -168,8 +168,9 @@ class Select:
         saved = sum(c.teacher_cost_ms - c.cost_ms for c in choices)
         fetching = state.costs.fetching
         plan = Plan(tuple(choices), 0.0, 0.0, 0.0)
-        saved += fetching.ms(teachers_load_mb(state.match, state.costs, fetching))
-        saved -= fetching.ms(load_mb(state.costs, plan, fetching))
+        before, after = teachers_footprint(state.match, state.costs), footprint(state.match, state.costs, plan)
+        less = fetching.ms(fetching.load_mb(*before)) - fetching.ms(fetching.load_mb(*after))
+        saved += state.costs.correction.fetching * less
         budget = wanted_ms(state.costs, ctx) if ctx.config.budget else state.costs.teacher_ms
         method = {"method": "exact rewrites only (no --data)"}
         return Plan(tuple(choices), state.costs.teacher_ms - saved, budget, 0.0, method)
@@ -184,9 +185,11 @@ class Select:
         """What to plan for: a little below the budget, unless nothing reaches that; what is nearest to it where that
         is above it by no more than measuring can be wrong."""
         assert state.costs is not None
-        least = 1.001 * reachable(make_problem(state, budget, bounds))[0]
+        problem = make_problem(state, budget, bounds)
+        least = 1.001 * reachable(problem)[0]
         if budget >= state.costs.teacher_ms and not bounds:
-            return max(budget, least)  # the teacher itself fits, whatever the corrected table says
+            # the teacher itself fits, whatever the corrected table says
+            return max(budget, least, 1.001 * teachers_cost(problem))
         return max(_AIM * budget, least) if least <= _DOUBT * budget else budget
 
     @staticmethod

@@ -11,11 +11,11 @@ from onnx import ModelProto
 from hantc.core.types import Correction, CostTable, Fetching, Plan
 from hantc.dialect.emitter import emit
 from hantc.passes.assemble import Blueprint, build_student, calibration_feeds, to_onnx
-from hantc.passes.fetching import SUSPECT, fetching_for
+from hantc.passes.fetching import SUSPECT, fetching_for, most_ms
 from hantc.passes.glue import teachers_rows
 from hantc.passes.limits import activation_bytes
 from hantc.passes.meter import Meter
-from hantc.passes.program import load_mb, make_plan, parts_of, specs_of, teachers_load_mb
+from hantc.passes.program import footprint, make_plan, parts_of, specs_of, teachers_footprint
 from hantc.passes.state import Context, Evaluated, State
 from hantc.passes.turns import Room, Turns, at_one_state, in_turns
 from hantc.search.correction import Fit, fit_factors
@@ -33,10 +33,10 @@ _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Trial:
-    """A student's `parts_of`, its plan, what it took, and the teacher in the same state of the host, ms."""
+    """A student's `parts_of` and `footprint`, what it took, and the teacher in the same state of the host, ms."""
 
     parts: tuple[float, ...]
-    plan: Plan
+    footprint: tuple[float, float]
     ms: float
     teacher_ms: float
 
@@ -45,7 +45,10 @@ def trials(state: State, found: Sequence[Evaluated]) -> list[Trial]:
     """What students of the state's own table tell of it."""
     assert state.costs is not None and state.match is not None
     match, costs = state.match, state.costs
-    return [Trial(parts_of(match, costs, e.plan), e.plan, e.measured_ms, e.teacher_ms) for e in found]
+    return [
+        Trial(parts_of(match, costs, e.plan), footprint(match, costs, e.plan), e.measured_ms, e.teacher_ms)
+        for e in found
+    ]
 
 
 def measure_students(state: State, ctx: Context, problem: Problem, solutions: Sequence[Solution]) -> list[Evaluated]:
@@ -90,7 +93,7 @@ def turns_of(state: State, ctx: Context, models: Sequence[ModelProto], turns: in
     room = Room(ctx.memory_limit / 4 if ctx.base != "fp16" else 0.0, activation_bytes(state.network, ctx))
 
     def late(students: int) -> bool:
-        return before - ctx.clock.remaining() > students * _SHARE * before
+        return before - ctx.clock.remaining() >= students * _SHARE * before
 
     with ctx.reporter.bar(f"timing {len(models)} students", len(models)) as bar:
         found = in_turns(meter, original, models, protocol, turns, room, late, bar.advance)
@@ -104,9 +107,10 @@ def _expected_slopes(state: State, plans: Sequence[Plan]) -> list[float]:
     """How much longer each plan's student should take for each millisecond that the teacher does because of others: as
     fetching its weights costs by the table, of what fetching the teacher's does."""
     assert state.costs is not None and state.match is not None
-    costs, fetching = state.costs, state.costs.fetching
-    whole = fetching.ms(teachers_load_mb(state.match, costs, fetching))
-    return [fetching.ms(load_mb(costs, p, fetching)) / whole if whole > 0 else 0.0 for p in plans]
+    match, costs, fetching = state.match, state.costs, state.costs.fetching
+    whole = fetching.ms(fetching.load_mb(*teachers_footprint(match, costs)))
+    own = [fetching.ms(fetching.load_mb(*footprint(match, costs, p))) for p in plans]
+    return [ms / whole if whole > 0 else 0.0 for ms in own]
 
 
 def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
@@ -115,39 +119,41 @@ def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
     host decide with it; how many of them stay in the caches, the students tell."""
     assert state.costs is not None and state.match is not None
     costs = state.costs
-    own = teachers_rows(state.match.regions, costs.rows)
-    inside, mb = costs.scale * sum(r.latency_ms for r in own), sum(r.weight_mb for r in own)
+    inside = costs.scale * sum(r.latency_ms for r in teachers_rows(state.match.regions, costs.rows))
+    teachers = mb, ms = teachers_footprint(state.match, costs)
 
-    def whole_ms(fetching: Fetching) -> float:
-        assert state.match is not None
-        return fetching.ms(teachers_load_mb(state.match, costs, fetching))
+    def fetching_ms(fetching: Fetching, footprint: tuple[float, float]) -> float:
+        return fetching.ms(fetching.load_mb(*footprint))
 
-    priced = inside + costs.glue_ms + whole_ms(costs.fetching)
+    priced = inside + costs.glue_ms + fetching_ms(costs.fetching, teachers)
     now = statistics.median(t.teacher_ms for t in seen) if seen else priced
     measured = [t.ms for t in seen] + [now]
     apart = inside + costs.glue_ms
 
     def excess(teacher_ms: float) -> float:
-        """What the teacher takes for its weights; a little where it does not seem to, for ratios of it."""
-        return max(0.0, teacher_ms - apart) + (SUSPECT - 1) * apart
+        """What the teacher takes for its weights; something where it does not seem to, for ratios of it."""
+        return max(teacher_ms - apart, (SUSPECT - 1) * apart)
 
     def fitted(fetching: Fetching) -> Fit:
-        teacher = replace(_NOTHING, own=inside, glue=costs.glue_ms, fetching=whole_ms(fetching))
+        teacher = replace(_NOTHING, own=inside, glue=costs.glue_ms, fetching=fetching_ms(fetching, teachers))
         # fetching costs what it does where the teacher takes as long as beside most; rounds differ in that
-        loads = [fetching.ms(load_mb(costs, t.plan, fetching)) for t in seen]
-        fetched = [excess(t.teacher_ms) / excess(now) * ms for t, ms in zip(seen, loads, strict=True)]
+        fetched = [excess(t.teacher_ms) / excess(now) * fetching_ms(fetching, t.footprint) for t in seen]
         parts = [(*t.parts[:-1], ms) for t, ms in zip(seen, fetched, strict=True)]
         return fit_factors([*parts, astuple(teacher)], measured, list(_SPREAD.values()), _TOGETHER)
 
     fits = {costs.fetching: fitted(costs.fetching)}
-    if seen and now > SUSPECT * apart:
-        rate = mb / inside if inside > 0 else 0.0
-        held = [costs.fetching.free_mb, *(k / _SIZES * 2 * mb for k in range(_SIZES))]
-        fits |= {f: fitted(f) for f in (fetching_for(now - apart, free, 2 * mb, rate) for free in held)}
+    free = costs.fetching.free_mb
+    if seen and now > SUSPECT * apart and mb > 0 and ms > 0:
+        rate, extra = costs.fetching.mb_per_ms or mb / ms, min(now - apart, most_ms(mb))
+        load = mb + rate * ms
+        if not costs.fetching.mb_per_ms:  # a table of weights alone, or of none that cost anything
+            free *= load / mb
+        held = [free, *(k / _SIZES * load for k in range(_SIZES))]
+        fits |= {f: fitted(f) for f in (fetching_for(extra, h, load, rate) for h in held)}
 
     def unlikely(fetching: Fetching) -> tuple[float, float]:
         """Of sizes that the students do not tell apart, the table's is the likeliest, and what is nearest to it."""
-        other = abs(fetching.free_mb - costs.fetching.free_mb)
+        other = 0.0 if fetching == costs.fetching else abs(fetching.free_mb - free)
         return round(fits[fetching].misfit + (_EVIDENCE if fetching != costs.fetching else 0.0), 6), other
 
     best = min(fits, key=unlikely)

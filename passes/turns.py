@@ -97,9 +97,9 @@ def at_one_state(turns: Turns, usual: float, expected: float) -> float:
     """What a student takes where the teacher beside it takes `usual` ms.
 
     How much longer it takes for each millisecond that the teacher does is the median of what any two turns say that lie
-    apart (Theil and Sen's estimator), never less than 0; or as `expected`, where the teacher took about the same in all
-    turns but one. Medians are moved, not single turns: what students take grows faster than in proportion, and straight
-    lines through far turns lie above what near ones took.
+    apart (Theil and Sen's estimator), never less than 0 nor more than `_STEEPEST`; or as `expected`, where the teacher
+    took about the same in all turns but its fastest and its slowest. Medians are moved, not single turns: what students
+    take grows faster than in proportion, and straight lines through far turns lie above what near ones took.
     """
     own, beside = np.array(turns, float).T
     middle, ordered, slope = float(np.median(own)), np.sort(beside), expected

@@ -60,7 +60,11 @@ def lut_table(lut: Lut) -> Group:
     head.add_row("teacher", f"{data['teacher_ms']:.3f} ms, {data['glue_ms']:.3f} ms of it outside all regions")
     if data["fetching"]["ms_per_mb"]:
         of = "{ms_per_mb:.3f} ms for each MB of the regions' weights"
-        of += " and of what others bring in ({mb_per_ms:.1f} MB a ms)" if data["fetching"]["mb_per_ms"] else ""
+        of += (
+            " and of what others are taken to bring in ({mb_per_ms:.1f} MB a ms)"
+            if data["fetching"]["mb_per_ms"]
+            else ""
+        )
         of += " above {free_mb:.1f}"
         again = ", and as much again above {steep_mb:.1f}" if data["fetching"]["steep_mb"] is not None else ""
         head.add_row("fetching", (of + again).format(**data["fetching"]))

@@ -14,7 +14,7 @@ from hantc.core.backend_api import Artefact
 from hantc.core.types import Correction, Fetching, Plan, Protocol, Timing, untouched
 from hantc.passes.fetching import fetching_for
 from hantc.passes.meter import Meter
-from hantc.passes.program import load_mb, make_plan, make_problem, parts_of
+from hantc.passes.program import footprint, make_plan, make_problem, parts_of, teachers_footprint
 from hantc.passes.state import Clock, Evaluated, State
 from hantc.passes.trials import corrected, evaluated, measure_students, trials, turns_of, write_student
 from hantc.search.ilp import solve_diverse
@@ -34,6 +34,12 @@ def plans(state: State) -> list[Plan]:
 def wide(scale: float = 1.0) -> State:
     fast = [(cost(f"r0{i}", "cb_stack", "fp32", 1.2), score(f"r0{i}", "cb_stack", "fp32", 0.02)) for i in range(3)]
     return state_of(chain(), fast, scale=scale)
+
+
+def load(state: State, plan: Plan) -> float:
+    """A plan's load on the caches."""
+    assert state.match is not None and state.costs is not None
+    return state.costs.fetching.load_mb(*footprint(state.match, state.costs, plan))
 
 
 def test_a_plans_parts_add_up_to_its_latency() -> None:
@@ -70,7 +76,7 @@ def test_what_others_do_to_the_caches_is_told_by_the_teacher_beside_the_students
     state = replace(state, costs=costs)
     problem = make_problem(state, math.inf)
     cheap = solve_diverse(replace(problem, budget=4.6), 4)
-    light = [p for p in (make_plan(state, problem, s) for s in cheap) if load_mb(costs, p, costs.fetching) <= 24.0]
+    light = [p for p in (make_plan(state, problem, s) for s in cheap) if load(state, p) <= 24.0]
     found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 4.0, None, None) for p in light]
     assert found
     after = corrected(state, trials(state, found))
@@ -131,7 +137,7 @@ def test_what_the_students_do_not_tell_stays_the_tables() -> None:
     state = replace(state, costs=costs)
     problem = make_problem(state, math.inf)
     light = [make_plan(state, problem, s) for s in solve_diverse(replace(problem, budget=4.6), 4)]
-    light = [p for p in light if load_mb(costs, p, costs.fetching) <= 20.0]
+    light = [p for p in light if load(state, p) <= 20.0]
     found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 4.0, None, None) for p in light]
     after = corrected(state, trials(state, found))
     assert found and after.fetching.free_mb == pytest.approx(20.0)
@@ -214,7 +220,7 @@ class Ticking(Clock):
         return super().remaining()
 
 
-@pytest.mark.parametrize(("limit_s", "turns"), [(1e6, 5), (250.0, 4), (40.0, 2)])
+@pytest.mark.parametrize(("limit_s", "turns"), [(1e6, 5), (250.0, 4), (40.0, 2), (0.0, 2)])
 def test_students_are_timed_the_shorter_the_less_time_is_left(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, limit_s: float, turns: int
 ) -> None:
@@ -285,7 +291,7 @@ def test_how_far_a_student_should_go_along_follows_from_its_weights() -> None:
     assert state.costs is not None
     problem = make_problem(state, math.inf)
     plan = make_plan(state, problem, solve_diverse(replace(problem, budget=4.6), 1)[0])
-    mb = load_mb(state.costs, plan, Fetching())
+    mb = load(state, plan)
     assert 0.5 < mb < 24.0
     (first, second) = evaluated(state, [plan, plan], [[(4.0, 9.0)] * 5, [(4.0, 8.0)] * 5])
     assert (first.teacher_ms, second.teacher_ms) == (8.5, 8.5)
@@ -294,6 +300,22 @@ def test_how_far_a_student_should_go_along_follows_from_its_weights() -> None:
     assert second.measured_ms == pytest.approx(4.0 + 0.5 * slope)
     calm = replace(state, costs=replace(state.costs, fetching=Fetching()))
     assert evaluated(calm, [plan, plan], [[(4.0, 9.0)] * 5, [(4.0, 8.0)] * 5])[0].measured_ms == 4.0
+
+
+def test_time_makes_a_student_go_along_too() -> None:
+    """The teacher, priced at 0.9 of its parts alone, loads the caches with 24 MB of weights and as much of others'."""
+    state = wide(scale=0.9)
+    assert state.costs is not None and state.match is not None
+    rows = tuple(replace(r, params=2_000_000 * (r.candidate == "teacher")) for r in state.costs.rows)
+    state = replace(state, costs=replace(state.costs, rows=rows, fetching=Fetching(6.0, 0.1, None, 24.0 / 5.4)))
+    assert state.costs is not None and state.match is not None
+    assert teachers_footprint(state.match, state.costs) == pytest.approx((24.0, 5.4))
+    problem = make_problem(state, math.inf)
+    plan = make_plan(state, problem, solve_diverse(replace(problem, budget=5.5), 1)[0])
+    mb, ms = footprint(state.match, state.costs, plan)
+    assert mb < 24.0 and 6.0 < load(state, plan) == pytest.approx(mb + ms * 24.0 / 5.4)
+    found = evaluated(state, [plan, plan], [[(4.0, 9.0)] * 5, [(4.0, 8.0)] * 5])
+    assert found[0].measured_ms == pytest.approx(4.0 - 0.5 * (load(state, plan) - 6.0) / 42.0)
 
 
 def test_more_turns_for_those_who_ask(lab: Lab) -> None:
@@ -317,7 +339,7 @@ def test_a_round_in_another_state_moves_no_factor() -> None:
     for more in (0.24, 0.24, 0.24, 0.24, 3.0):
         plan = make_plan(state, problem, solve_diverse(replace(problem, budget=5.0), 1)[0])
         assert state.costs is not None
-        mb = load_mb(state.costs, plan, Fetching())
+        mb = load(state, plan)
         ms = plan.predicted_latency_ms - 0.01 * mb + more * mb / 24.0
         found.append(Evaluated(plan, ms, 6.5 + more, None, None))
     correction = corrected(state, trials(state, found)).correction

@@ -133,10 +133,10 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> tuple[lis
         plans = [make_plan(state, problem, s) for _, s, _ in students]
         turns = turns_of(state, ctx, [m for *_, m in students], 5 * args.passes)
         found = evaluated(state, plans, turns)
-        # what the table that is judged says of students is no part of what they are judged by
-        found = [replace(e, measured_ms=at_one_state(t, e.teacher_ms, 0.0)) for e, t in zip(found, turns, strict=True)]
         assert state.costs is not None and state.match is not None
         tried = [e for (kind, *_), e in zip(students, found, strict=True) if kind == "probe"]
+        # what the table that is judged says of students is no part of what they are judged by
+        found = [replace(e, measured_ms=at_one_state(t, e.teacher_ms, 0.0)) for e, t in zip(found, turns, strict=True)]
         costs = corrected(state, trials(state, tried))
         fixed = make_problem(replace(state, costs=costs), math.inf)
         for (kind, s, _), e, own in zip(students, found, turns, strict=True):
