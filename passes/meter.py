@@ -28,8 +28,9 @@ from hantc.passes.state import Context
 _RESTLESS = 1.2  # between the slow and the fast tenth of the groups that were timed
 _FEW_PACES = 10
 _COPIES = 4
+_HELD_MB = 6.0  # of copies' weights together: shared caches keep so many even where others use them much
 _GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
-_VERSION = 9  # of the measuring method: rows measured otherwise are not reused
+_VERSION = 10  # of the measuring method: rows measured otherwise are not reused
 _BORDERS = 2  # the same of borders' figures
 _CANARY = (48, 24, 24)  # channels, height, width: about a millisecond on two cores
 
@@ -203,7 +204,7 @@ class Meter:
                 todo.setdefault(w.key, w)
         groups: dict[tuple[object, ...], list[Work]] = {}
         for w in todo.values():
-            same = (w.in_shape, w.out_shape, w.chain, w.row.precision, opset_of(w.model))
+            same = (w.in_shape, w.out_shape, w.chain, w.row.precision, opset_of(w.model), _copies(w))
             groups.setdefault(same, []).append(w)
         for group in groups.values():
             for i in range(0, len(group), _GROUP):
@@ -215,15 +216,16 @@ class Meter:
         return [replace(w.row, **_figures(found[w.key])) for w in work]
 
     def _group(self, group: Sequence[Work]) -> dict[str, dict[str, object]]:
-        """Time works of the same shapes and precision in a frame, and take what the frame takes off."""
-        first = group[0]
+        """Time works of the same shapes, precision and number of copies in a frame, and take what the frame takes
+        off."""
+        first, copies = group[0], _copies(group[0])
         quant, opset = self._quant(first.row.precision), opset_of(first.model)
         around = frames.frame(first.in_shape, first.out_shape, quant, opset)
-        lanes = 1 if first.chain else _COPIES
+        lanes = 1 if first.chain else copies
         built, good = [self.build(frames.empty(first.in_shape, quant, opset, lanes))], []
         for w in group:
             try:
-                built.append(self.build(around.around(w.model, _COPIES, chain=w.chain)))
+                built.append(self.build(around.around(w.model, copies, chain=w.chain)))
                 good.append(w)
             except HantcError as error:
                 self.ctx.reporter.event("unsupported", candidate=w.row.candidate, reason=error.message)
@@ -238,8 +240,8 @@ class Meter:
             each = self._tail(first.out_shape, first.row.precision, opset)
             fixed -= lanes * self._tail(first.in_shape, first.row.precision, opset)
         for w, t in zip(good, timings, strict=True):
-            net = max(1e-4, (t.median_ms - fixed) / _COPIES - each)
-            results[w.key] = {"latency_ms": net, "iqr_ms": t.iqr_ms / _COPIES, "samples": t.samples}
+            net = max(1e-4, (t.median_ms - fixed) / copies - each)
+            results[w.key] = {"latency_ms": net, "iqr_ms": t.iqr_ms / copies, "samples": t.samples}
             self.ctx.store.put_json("cost", w.key, results[w.key])
             self.measured += 1
         return results
@@ -273,6 +275,12 @@ class Meter:
                 found = rows.pair(*(t.median_ms for t in timings))
             self.ctx.store.put_json("border", key, found)
         return float(found)
+
+
+def _copies(work: Work) -> int:
+    """How many copies are timed together: fewer of heavy parts, each of which has its weights to itself. What weights
+    cost beyond the caches is the whole network's (`passes.fetching`), not a row's."""
+    return max(1, min(_COPIES, int(_HELD_MB / max(work.row.weight_mb, 1e-9))))
 
 
 def _figures(stored: Mapping[str, Any]) -> dict[str, Any]:

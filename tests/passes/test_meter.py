@@ -129,3 +129,29 @@ def test_the_reference_is_a_network_of_its_own(lab: Lab) -> None:
     timing = m.time([onnx.load_from_string(chain(1).SerializeToString())])[0]
     assert np.isfinite(timing.median_ms) and timing.median_ms > 0
     assert 0.01 < m.reference_ms < 1000
+
+
+class Listing(Moody):
+    """Keeps the sizes of what it builds."""
+
+    def __init__(self) -> None:
+        super().__init__([1.0])
+        self.built: list[int] = []
+
+    def build(self, model: ModelProto, spec: BuildSpec) -> Artefact:
+        self.built.append(len(model.graph.node))
+        return super().build(model, spec)
+
+
+@pytest.mark.parametrize(("mb", "copies"), [(0.0, 4), (1.5, 4), (1.6, 3), (2.5, 2), (5.2, 1), (80.0, 1)])
+@pytest.mark.parametrize("is_chain", [True, False])
+def test_heavy_parts_are_timed_in_fewer_copies(lab: Lab, mb: float, copies: int, is_chain: bool) -> None:
+    """Four copies of 5 MB each would miss caches that keep a whole student's weights."""
+    machine = Listing()
+    m = meter(lab, machine)
+    part = replace(work(m, 50), chain=is_chain)
+    light = m.rows([part])[0].latency_ms
+    part = replace(part, key=m.key(heavy=mb), row=replace(part.row, params=round(mb * 250_000)))
+    before = len(machine.built)
+    assert m.rows([part])[0].latency_ms == pytest.approx(light) == pytest.approx(50.0)
+    assert max(machine.built[before:]) // 50 == copies
