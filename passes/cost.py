@@ -28,11 +28,11 @@ from hantc.ops.registry import DERIVED, Origin, build
 from hantc.passes.ceilings import Ceilings, ceilings_of
 from hantc.passes.fetching import balance, measure_beginnings
 from hantc.passes.glue import measure_glue
-from hantc.passes.meter import Meter, Work
+from hantc.passes.meter import METHOD, Meter, Work
 from hantc.passes.plug import origin_of
 from hantc.passes.state import Context, Proposal, State
 
-_VERSION = 7  # of what a table is made of beyond its rows: those made otherwise are not taken up again
+_VERSION = 8  # of what a table is made of beyond its rows: those made otherwise are not taken up again
 _SLACK = 0.8  # the peak may have been measured in a slower minute than the one that rows are scaled to
 
 
@@ -112,6 +112,7 @@ class Cost:
             pinned=bool(ctx.cores),
             clock_ms=meter.reference_ms if meter.steady else None,
             clock_of=meter.clock_of,
+            method=METHOD,
         )
 
     @staticmethod
@@ -135,6 +136,8 @@ class Cost:
             raise UsageError(f"{path} is of {there}, and {ctx.base} is asked for", where=f"--lut {path}", hint=hint)
         ctx.reporter.event("cost", rows=len(rows), measured=0, teacher_ms=lut.table.teacher_ms, lut=str(path))
         ctx.note(f"latencies of candidates were read from {path}, not measured")
+        if lut.table.method != METHOD and not ctx.from_table:
+            ctx.note(f"{path} was measured by another version of hantc, in another way: predictions may be further off")
         costs = replace(lut.table, rows=rows, skipped=())
         return replace(state, costs=costs, proposals=proposals, skipped=state.skipped + skipped)
 

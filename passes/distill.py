@@ -230,12 +230,13 @@ def _outdone_by(rival: str) -> str:
 
 
 def least_costs(state: State) -> dict[tuple[str, str], float]:
-    """Latency of each (region, candidate) in its cheapest precision, in milliseconds."""
+    """Latency of each (region, candidate) in its cheapest precision, with what its weights make a network fetch, in
+    milliseconds."""
     assert state.costs is not None
     costs: dict[tuple[str, str], float] = {}
     for row in state.costs.rows:
         at = (row.region, row.candidate)
-        costs[at] = min(row.latency_ms, costs.get(at, math.inf))
+        costs[at] = min(state.costs.marginal_ms(row), costs.get(at, math.inf))
     return costs
 
 

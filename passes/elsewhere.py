@@ -85,7 +85,7 @@ def tell(facts: Mapping[str, Any], ctx: Context) -> None:
 
 
 def _protocol(ctx: Context) -> Protocol:
-    return ctx.protocol(warmup=5, samples=15, min_sample_ms=15.0)
+    return ctx.protocol(warmup=5, samples=15, min_sample_ms=15.0, whole=True)
 
 
 def _ratio(pair: Sequence[_Timed]) -> float:

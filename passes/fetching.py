@@ -10,13 +10,12 @@ how much stays, and what fetching the rest costs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
@@ -25,7 +24,7 @@ from hantc.core.types import UNUSABLE_MS, WEIGHT_BYTES, CostRow, Fetching, Regio
 from hantc.dialect.emitter import emit
 from hantc.dialect.examples import example_inputs
 from hantc.dialect.graph import cut, shapes_of
-from hantc.passes.glue import Glue, line_of, teachers_rows
+from hantc.passes.glue import Glue, line_of, teachers_rows, weights_in
 from hantc.passes.meter import Meter
 from hantc.passes.state import State
 
@@ -124,8 +123,7 @@ def _timed(
 
 def whole_mb(model: ModelProto, base: str) -> float:
     """Megabytes of a file's floating-point weights, as the engine reads them in `base`."""
-    numbers = sum(math.prod(w.dims) for w in model.graph.initializer if w.data_type == TensorProto.FLOAT)
-    return float(numbers * WEIGHT_BYTES.get(base, 4) / 1e6)
+    return weights_in(model) * WEIGHT_BYTES.get(base, 4) / 1e6
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def balance(
             scale = min(max(scale, least), teacher_ms / (total + glue_ms))
             # what is outside the regions takes its place in the caches, and its time, whatever the plan
             held -= beginnings.outside_mb + rate * (glue_ms - inner_ms)
-            fetching = fetching_for(teacher_ms - scale * (total + glue_ms), held, load, rate / scale)
+            fetching = fetching_for(teacher_ms - scale * (total + glue_ms), held, mb, load, rate / scale)
             outside_ms = max(0.0, teacher_ms - scale * (total + glue_ms) - fetching.ms(load))
         if _RATIO[0] <= scale <= _RATIO[1]:
             return Balance(scale * glue_ms + outside_ms, scale, fetching)
@@ -171,21 +169,22 @@ def balance(
     return Balance(floor, (teacher_ms - floor) / total)
 
 
-def fetching_for(ms: float, held_mb: float, load_mb: float, mb_per_ms: float = 0.0) -> Fetching:
-    """What makes a teacher whose regions load the caches with `load_mb` take `ms` to fetch their weights where the
-    caches hold `held_mb`: less, if a megabyte would take longer than memory does; nothing, if what is outside the
-    regions fills them (`held_mb` below 0: then part of `ms` is spent whatever the regions are). From midway to the
-    teacher's load on a megabyte costs twice as much as before: caches that are shared, and do not throw out what was
-    used longest ago, lose their hold little by little.
+def fetching_for(ms: float, held_mb: float, weight_mb: float, load_mb: float, mb_per_ms: float = 0.0) -> Fetching:
+    """What makes a teacher whose regions load the caches with `load_mb`, `weight_mb` of which are weights, take `ms` to
+    fetch these where the caches hold `held_mb`: less, if a megabyte would take longer than memory does; nothing, if
+    what is outside the regions fills them (`held_mb` below 0: then part of `ms` is spent whatever the regions are).
+    From midway to the teacher's load on a megabyte costs twice as much as before: caches that are shared, and do not
+    throw out what was used longest ago, lose their hold little by little.
 
     Loads, not weights alone, since it is time as well that empties shared caches: with twenty students of EfficientNet-
     B0, in four draws of thirty turns or nine, what was left unexplained (`Fit.misfit`) fell from 8 to 15 to 3 to 6, and
     worst errors from 12 to 17 % to 8 to 10, when others were taken to bring in the teacher's weights once more in the
     time that it takes. Half or twice as much does hardly worse."""
-    if ms <= _NOTHING_MS or load_mb <= 0:
+    if ms <= _NOTHING_MS or weight_mb <= 0 or load_mb <= 0:
         return Fetching()
-    held = held_mb if held_mb < 0 else max(0.0, min(held_mb, load_mb * (1 - ms / most_ms(load_mb))))
-    rate = min(_SLOWEST / 2, ms / (_TWICE * (load_mb - held)))
+    # others' data take nothing to fetch: what bounds a megabyte of weights bounds a larger load as a whole
+    held = held_mb if held_mb < 0 else max(0.0, min(held_mb, load_mb * (1 - ms / most_ms(weight_mb))))
+    rate = min(most_ms(weight_mb) / (_TWICE * load_mb), ms / (_TWICE * (load_mb - held)))
     return Fetching(max(0.0, held), rate, max(0.0, _steep(held, load_mb)), mb_per_ms)
 
 

@@ -7,8 +7,11 @@ classifier's head, and would burden the fastest students most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from onnx import ModelProto, TensorProto
 
 from hantc.core.errors import HantcError
 from hantc.core.types import UNUSABLE_MS, CostRow, CostTable, MatchResult, Region, untouched
@@ -98,6 +101,7 @@ def measure_glue(meter: Meter, state: State, rows: Sequence[CostRow]) -> Glue | 
             return None
         key = meter.key(glue=work_digest(model))
         blank = replace(rows[0], region=_NAME, candidate=f"{entry}:{exit_}", precision=meter.ctx.base)
+        blank = replace(blank, params=weights_in(model))  # a head's decide how many copies are timed
         work.append(Work(key, blank, model, a[1:] == b[1:], a[1:], b[1:]))
         places.append(place)
     first = shapes[next(n.name for n in network.graph.nodes if n.op == "placeholder")]
@@ -109,6 +113,11 @@ def measure_glue(meter: Meter, state: State, rows: Sequence[CostRow]) -> Glue | 
     found = {p: g.latency_ms for p, g in zip(places, gaps, strict=True)}
     last = found.pop("", 0.0)
     return Glue(start, before | found, last, sum(inner_glue(state.match, rows).values()))
+
+
+def weights_in(model: ModelProto) -> int:
+    """How many floating-point numbers a file's weights are."""
+    return sum(math.prod(w.dims) for w in model.graph.initializer if w.data_type == TensorProto.FLOAT)
 
 
 def line_of(match: MatchResult) -> list[Region]:

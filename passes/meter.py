@@ -30,7 +30,8 @@ _FEW_PACES = 10
 _COPIES = 4
 _HELD_MB = 6.0  # of copies' weights together: shared caches keep so many even where others use them much
 _GROUP = 24  # artefacts timed interleaved with each other; bounds the memory of open sessions
-_VERSION = 10  # of the measuring method: rows measured otherwise are not reused
+METHOD = 11  # version of the measuring method: rows measured otherwise are not reused
+_CLOCK = 9  # of the reference network and how it is timed
 _BORDERS = 2  # the same of borders' figures
 _CANARY = (48, 24, 24)  # channels, height, width: about a millisecond on two cores
 
@@ -72,15 +73,15 @@ class Meter:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.protocol = ctx.protocol(warmup=2, samples=12, min_sample_ms=1.0)
-        self.thorough = replace(self.protocol, samples=25, min_sample_ms=15.0)  # for whole networks
+        self.thorough = ctx.protocol(warmup=2, samples=25, min_sample_ms=15.0, whole=True)
         self.careful = replace(self.protocol, samples=25)  # for what is taken off many figures
         self.build_spec = BuildSpec(threads=ctx.threads, batch=ctx.config.batch)
         self.base: dict[str, object] = {
             "backend": ctx.backend.name,
             "device": ctx.device_key,
             # rows are warm; which processors they were measured on is the system's numbering of the same
-            "protocol": {k: v for k, v in asdict(self.protocol).items() if k not in ("cold", "cores")},
-            "method": _VERSION,
+            "protocol": {k: v for k, v in asdict(self.protocol).items() if k not in ("cold", "cores", "settle")},
+            "method": METHOD,
         }
         if ctx.cores:
             self.base["pinned"] = True
@@ -112,7 +113,7 @@ class Meter:
     @property
     def clock_of(self) -> str:
         """Which reference network, timed in which way, figures are scaled by."""
-        return digest({"canary": _canary_model().SerializeToString().hex(), "method": _VERSION})[:12]
+        return digest({"canary": _canary_model().SerializeToString().hex(), "method": _CLOCK})[:12]
 
     def key(self, **what: object) -> str:
         return digest({**self.base, **what})
@@ -278,8 +279,9 @@ class Meter:
 
 
 def _copies(work: Work) -> int:
-    """How many copies are timed together: fewer of heavy parts, each of which has its weights to itself. What weights
-    cost beyond the caches is the whole network's (`passes.fetching`), not a row's."""
+    """How many copies are timed together: fewer of heavy parts, each of which has its weights to itself, so that caches
+    keep them all (one, where its own are more than that). What weights cost beyond the caches is the whole network's
+    (`passes.fetching`), not a row's."""
     return max(1, min(_COPIES, int(_HELD_MB / max(work.row.weight_mb, 1e-9))))
 
 

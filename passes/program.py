@@ -84,14 +84,16 @@ def parts_of(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, .
 
 
 def teachers_cost(problem: Problem) -> float:
-    """What the teacher takes as its parts, by a problem's figures, ms."""
+    """What the teacher takes as its parts, by a problem's figures, ms; 0 where one of them cannot be run alone."""
     own = [i for i, o in enumerate(problem.items) if len(o.atoms) == 1 and untouched(o.candidate, o.precision)]
+    if frozenset().union(*(problem.items[i].atoms for i in own)) != frozenset(range(problem.n_atoms)):
+        return 0.0
     return evaluate(problem, own)[1]
 
 
 def footprint(match: MatchResult, costs: CostTable, plan: Plan) -> tuple[float, float]:
-    """What a plan's regions load the caches with: megabytes of weights, and ms as parts, before students corrected
-    them, with what lies between the layers of blocks."""
+    """What a plan's regions load the caches with: megabytes of weights, and ms as parts times the table's `scale`,
+    before students corrected them, with what lies between the layers of blocks."""
     rows, (shares, _) = costs.by_key(), glue_shares(match, costs)
     own = [rows[c.region, c.candidate, c.precision] for c in plan.choices]
     ms = [_in_network_ms(costs, r.candidate, r.precision, r.latency_ms) + shares[r.region] for r in own]

@@ -130,7 +130,7 @@ class Score:
         assert state.match is not None and state.costs is not None and state.weights is not None
         times: dict[tuple[str, str], dict[str, float]] = {}
         for row in state.costs.rows:
-            times.setdefault((row.region, row.candidate), {})[row.precision] = row.latency_ms
+            times.setdefault((row.region, row.candidate), {})[row.precision] = state.costs.marginal_ms(row)
         # a span's teacher in INT8 is that of each of its parts: it would only be scored twice
         atoms = [r for r in state.match.regions if len(r.atoms) == 1]
         wanted = [(r, "teacher", "int8", "") for r in atoms if "int8" in times.get((r.name, "teacher"), {})]

@@ -38,7 +38,7 @@ _CLOSE = 0.03
 _AIM = 0.97  # of the budget is planned for: what is verified at the end differs by some percent either way
 _DOUBT = 1.1  # times the budget: what costs no more is tried, and verified, not refused
 _MARGIN = 1.05  # of the nearest reachable budget, so that it is met when everything is measured again
-_VERSION = 20
+_VERSION = 21
 _CLEARLY = 0.95  # of the teacher's time: less than this is a gain, and no chance
 
 _Known = dict[tuple[int, ...], Evaluated]  # by the solution's items
@@ -156,15 +156,14 @@ class Select:
         costs, specs = state.costs.by_key(), specs_of(state)
         choices = []
         for r in (r for r in state.match.regions if len(r.atoms) == 1):
-            own = costs[r.name, "teacher", ctx.base].latency_ms
+            own = costs[r.name, "teacher", ctx.base]
             equal = [c for name, c in state.weights if name == r.name and is_exact(specs[c])]
-            offers = [(costs[r.name, c, ctx.base].latency_ms, c) for c in equal]
-            cost, candidate = min(offers, default=(own, "teacher"))
-            if cost > _CLEARLY * own:
-                cost, candidate = own, "teacher"
-            cost = inside_ms(state.costs, candidate, ctx.base, cost)
-            own = inside_ms(state.costs, "teacher", ctx.base, own)
-            choices.append(Choice(r.name, r.kind, candidate, ctx.base, 0.0, cost, own))
+            offers = [costs[r.name, c, ctx.base] for c in equal]
+            best = min(offers, key=state.costs.marginal_ms, default=own)
+            if state.costs.marginal_ms(best) > _CLEARLY * state.costs.marginal_ms(own):
+                best = own
+            new, old = (inside_ms(state.costs, o.candidate, ctx.base, o.latency_ms) for o in (best, own))
+            choices.append(Choice(r.name, r.kind, best.candidate, ctx.base, 0.0, new, old))
         saved = sum(c.teacher_cost_ms - c.cost_ms for c in choices)
         fetching = state.costs.fetching
         plan = Plan(tuple(choices), 0.0, 0.0, 0.0)

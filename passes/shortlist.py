@@ -27,11 +27,12 @@ def shortlist(
     that fit under a few ceilings set around the asked `budget` (share of the teacher's latency). `places`:
     ceilings per region and per span for those from scratch (one less where there are derived ones); derived ones,
     which hardly need training, get one more. `bounds`: what else is bounded; a candidate counts by what it is
-    nearest to using up, and need not be faster. `whole`: for single regions, all that are cheaper. Also (region,
+    nearest to using up, and need not be faster. What a candidate's weights make a network fetch counts as its latency.
+    `whole`: for single regions, all that are cheaper. Also (region,
     candidate, precision, reason) of those left out."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for row in costs.rows:
-        rows.setdefault((row.region, row.candidate), {})[row.precision] = row.latency_ms
+        rows.setdefault((row.region, row.candidate), {})[row.precision] = costs.marginal_ms(row)
     kept: list[Proposal] = []
     skipped: list[tuple[str, str, str, str]] = []
     rivals: dict[tuple[str, bool], list[tuple[float, Proposal]]] = {}

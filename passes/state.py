@@ -22,6 +22,8 @@ from hantc.dialect.qdq import QuantSpec
 from hantc.dialect.rewrites.base import Applied, Missed
 from hantc.passes.place import CPU, place_of
 
+_SETTLE = 5  # runs that shared caches take to hold of a network what they will
+
 WeightMap = Mapping[str, Tensor]
 
 
@@ -135,10 +137,17 @@ class Context:
         return QuantSpec(reduce_range=self.capabilities.reduce_range, symmetric=self.capabilities.symmetric)
 
     def protocol(
-        self, *, warmup: int, samples: int, min_sample_ms: float = Protocol.min_sample_ms, cold: bool = False
+        self,
+        *,
+        warmup: int,
+        samples: int,
+        min_sample_ms: float = Protocol.min_sample_ms,
+        cold: bool = False,
+        whole: bool = False,
     ) -> Protocol:
-        """How to time, for this run's threads, batch and cores."""
-        return Protocol(self.threads, self.config.batch, warmup, samples, min_sample_ms, cold, self.cores)
+        """How to time, for this run's threads, batch and cores; `whole` networks behind runs in which they settle."""
+        settle = _SETTLE if whole else 1
+        return Protocol(self.threads, self.config.batch, warmup, samples, min_sample_ms, cold, self.cores, settle)
 
     def place(self, network: nn.Module) -> torch.device:
         """Where a network's candidates and students learn."""

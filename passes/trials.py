@@ -27,7 +27,6 @@ _TOGETHER = 0.05  # the same of all kinds: sessions and hours differ by that
 _SIZES = 16
 _EVIDENCE = 4.0  # of another size of the caches than the table's, twice the logarithm of the odds
 _TURNS = 5  # in which students are timed: fewer where the run's time is short
-_SHARE = 0.01  # of the time left, for each of them: some twenty are timed
 _NOTHING = Correction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -88,18 +87,17 @@ def turns_of(state: State, ctx: Context, models: Sequence[ModelProto], turns: in
     if not models:
         return []
     meter, original = Meter(ctx), emit(state.network).model
-    protocol, before = ctx.protocol(warmup=3, samples=5, min_sample_ms=12.0), ctx.clock.remaining()
+    protocol = ctx.protocol(warmup=3, samples=5, min_sample_ms=12.0, whole=True)
     # a GPU's memory is not asked for: one at a time there
     room = Room(ctx.memory_limit / 4 if ctx.base != "fp16" else 0.0, activation_bytes(state.network, ctx))
 
-    def late(students: int) -> bool:
-        return before - ctx.clock.remaining() >= students * _SHARE * before
-
     with ctx.reporter.bar(f"timing {len(models)} students", len(models)) as bar:
-        found = in_turns(meter, original, models, protocol, turns, room, late, bar.advance)
+        found = in_turns(meter, original, models, protocol, turns, room, ctx.clock.remaining, bar.advance)
     # the reference network is the clock; the teacher is one only where there is no such network: its many weights
     # suffer more than students' where others use the caches and the memory too
     wanted, clock = state.costs.teacher_ms, meter.on_clock_of(state.costs)
+    if clock is None and meter.steady:
+        ctx.note("the latency table has another reference network than this version: the teacher tells the speed")
     return [[(ms * (clock or wanted / t), t * (clock or wanted / t)) for ms, t in own] for own in found]
 
 
@@ -149,7 +147,7 @@ def corrected(state: State, seen: Sequence[Trial]) -> CostTable:
         if not costs.fetching.mb_per_ms:  # a table of weights alone, or of none that cost anything
             free *= load / mb
         held = [free, *(k / _SIZES * load for k in range(_SIZES))]
-        fits |= {f: fitted(f) for f in (fetching_for(extra, h, load, rate) for h in held)}
+        fits |= {f: fitted(f) for f in (fetching_for(extra, h, mb, load, rate) for h in held)}
 
     def unlikely(fetching: Fetching) -> tuple[float, float]:
         """Of sizes that the students do not tell apart, the table's is the likeliest, and what is nearest to it."""

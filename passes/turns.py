@@ -9,9 +9,9 @@ the teacher took beside one, above or below what it usually took, is taken off a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from onnx import ModelProto
@@ -24,6 +24,7 @@ _LEAST = 2  # turns, whatever the time
 _OPEN = 3  # times a file is what its session takes: as it was read, as it runs, and products' own layouts
 _APART = 0.06  # of what the teacher takes: turns that differ by less say little of what students make of it
 _STEEPEST = 1.5  # times as much more as the teacher, in proportion: what no student goes beyond
+_SHARE = 0.01  # of the time left, for each student: some twenty are timed
 
 Turns = list[tuple[float, float]]  # in each turn what a student took, and the teacher beside it, ms
 
@@ -43,16 +44,17 @@ def in_turns(
     protocol: Protocol,
     turns: int,
     room: Room,
-    late: Callable[[int], bool] = lambda done: False,
+    remaining: Callable[[], float] = lambda: math.inf,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Turns]:
     """Time every student beside the teacher in each of so many turns through all of them; the protocol holds for one
-    turn. Where they have no room together, groups of them follow one another. No further turn begins (but the second)
-    if it is `late` for so many students; `progress` is told each part of a student that is done."""
+    turn. Where they have no room together, groups of them follow one another, or single ones, whose turns then follow
+    each other. No further turn begins (but the second) once a group has taken its share of the `remaining` seconds,
+    building it apart; `progress` is told each part of a student that is done."""
     found: list[Turns] = []
     beside = meter.build(teacher)
     for group in _groups(students, room):
-        found += _group(meter, beside, group, protocol, turns, partial(late, len(found) + len(group)), progress)
+        found += _group(meter, beside, group, protocol, turns, remaining, progress)
     return found
 
 
@@ -62,13 +64,15 @@ def _group(
     group: Sequence[ModelProto],
     protocol: Protocol,
     turns: int,
-    late: Callable[[], bool],
+    remaining: Callable[[], float],
     progress: Callable[[float], None],
 ) -> list[Turns]:
     built = [meter.build(m) for m in group]
     found: list[Turns] = [[] for _ in group]
+    until = remaining()
+    most = len(group) * _SHARE * until
     for turn in range(turns):
-        if turn >= _LEAST and late():
+        if turn >= _LEAST and until - remaining() >= most:
             progress(len(group) * (1 - turn / turns))
             break
         for own, artefact in zip(found, built, strict=True):
@@ -108,5 +112,7 @@ def at_one_state(turns: Turns, usual: float, expected: float) -> float:
         apart = beside[j] - beside[i]
         told = np.abs(apart) > _APART * usual
         slope = float(np.median((own[j] - own[i])[told] / apart[told]))
-    most = _STEEPEST * middle / float(np.median(beside))
-    return middle - min(max(slope, 0.0), most) * (float(np.median(beside)) - usual)
+    teacher = float(np.median(beside))
+    moved = middle - min(max(slope, 0.0), _STEEPEST * middle / teacher) * (teacher - usual)
+    # far from there a straight line ends at nothing and below; a parabola does not
+    return max(moved, middle * (usual / teacher) ** 2) if teacher > usual else moved

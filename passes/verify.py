@@ -28,7 +28,7 @@ from hantc.passes.limits import activation_bytes
 from hantc.passes.meter import Meter
 from hantc.passes.state import Context, State
 
-_VERSION = 10
+_VERSION = 11
 _RESTLESS = 0.25  # quartiles of a latency so far apart, relative to it, are worth a warning
 _FILES, _CLOCK = "measuring teacher, student and INT8 baseline", "measuring the machine's pace"
 _BASELINES = ("baseline_int8", "baseline_bf16", "baseline_given")
@@ -146,7 +146,7 @@ class Verify:
         the first pair."""
         spec = BuildSpec(ctx.threads, ctx.config.batch)
         artefacts = [ctx.backend.build(m, spec) for m in networks]
-        protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0)
+        protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0, whole=True)
         with ctx.reporter.bar(what, 1.0):
             pairs = [ctx.backend.measure([artefacts[0], a], protocol) for a in artefacts[1:]]
         first = pairs[0][0]
@@ -172,7 +172,7 @@ class Verify:
         assert state.emitted is not None and state.costs is not None
         if ctx.from_table:
             return state.costs.pace
-        protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0)
+        protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0, whole=True)
         meter = Meter(ctx) if state.costs.rows and ctx.data is not None else None
         clock = meter.on_clock_of(state.costs) if meter is not None else None
         if meter is not None and clock is not None:

@@ -125,7 +125,7 @@ def conditions(lut: Lut) -> dict[str, object]:
     for name in ("backend", "threads", "batch"):
         found[name] = tuple(sorted({getattr(r, name) for r in lut.table.rows}, key=str))
     own = {r.precision for r in lut.table.rows if untouched(r.candidate, r.precision)}
-    return {**found, "pinned": lut.table.pinned, "floats": tuple(sorted(own))}
+    return {**found, "pinned": lut.table.pinned, "floats": tuple(sorted(own)), "method": lut.table.method}
 
 
 def differences(a: Lut, b: Lut) -> list[str]:

@@ -1,11 +1,14 @@
 """Interleaved timing that holds up on a noisy machine.
 
 - Every round times each artefact once, so that slow spells (frequency, other processes) hit all alike and
-  ratios stay fair; the order rotates, and turns round each time, so that none always runs behind the same neighbour
-  (behind a small network another one is 1 to 2 % slower than behind its like).
+  ratios stay fair; the order is drawn anew each time, so that none always runs behind the same neighbour (behind a
+  small network another one is 1 to 2 % slower than behind its like), and none twice running: of two networks that were
+  one file, that which followed itself in a quarter of the rounds was 4 to 9 % faster.
 - Samples are short (`_SLICE_MS`) and many rather than long and few, the time spent being the same: a shared
   machine changes its speed every fraction of a second, and a short sample lies within one spell. A sample
-  starts with one untimed run that refills the caches, times its runs one by one (very short ones in groups of
+  starts with an untimed run that refills the caches (`Protocol.settle` of them for whole networks: EfficientNet-B0 at
+  64×64, whose weights fill a shared cache, is 12 % slower in its first run behind another network than in its eighth,
+  5 % in its third), times its runs one by one (very short ones in groups of
   `_GROUP_MS`, which makes the clock's grain and the Python call of 6 µs small), leaves out those in which the
   system took the core away (involuntary context switches), and keeps the median of the rest.
 - Noise only ever adds time, so the figure is the median of the quiet samples: those within `_QUIET` of the 5th
@@ -26,7 +29,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +54,7 @@ _QUIET_LEVEL = 5  # percentile
 _SLICE_MS = 3.0
 _GROUP_MS = 0.1
 _MAX_RUNS = 10_000
+_SETTLE_MS = 8.0  # longer networks find no more in the caches than what they bring there in one run
 _OWN_CACHE = 8 << 20  # bytes: more than the levels that a core has to itself
 
 Clock = Callable[[], int]
@@ -58,10 +62,11 @@ Clock = Callable[[], int]
 
 @dataclass(frozen=True)
 class _Sampling:
-    """A sample is `groups` groups of `size` runs each."""
+    """A sample is `groups` groups of `size` runs each, behind `settle` runs that are not timed."""
 
     groups: int
     size: int
+    settle: int = 1
 
 
 def measure_interleaved(
@@ -78,13 +83,23 @@ def _interleaved(runs: Sequence[Callable[[], object]], protocol: Protocol, clock
     plans = [_Sampling(1, 1) if protocol.cold else _plan(ms, protocol) for ms in fastest]
     wanted = protocol.samples if protocol.cold else _rounds(fastest, protocol)
     samples: list[list[float]] = [[] for _ in runs]
-    rounds = 0
+    orders, rounds = _orders(len(runs)), 0
     while rounds < wanted or (rounds < wanted * _MAX_FACTOR and any(uncertainty(s) > _NARROW for s in samples)):
-        for k in range(len(runs)):
-            i = ((k if rounds % 2 else -k) + rounds) % len(runs)
+        for i in next(orders):
             samples[i].append(_sample_ms(runs[i], plans[i], clock, prepare[i]))
         rounds += 1
     return [_timing(s) for s in samples]
+
+
+def _orders(n: int) -> Iterator[list[int]]:
+    """Random orders of n, none of which begins with what the one before it ended with."""
+    rng, last = np.random.default_rng(0), -1
+    while True:
+        order = rng.permutation(n).tolist()
+        if n > 1 and order[0] == last:
+            order.append(order.pop(0))
+        last = order[-1] if order else -1
+        yield order
 
 
 def measure_artefacts(
@@ -131,11 +146,13 @@ def _rounds(fastest: Sequence[float], protocol: Protocol) -> int:
 def _plan(fastest_ms: float, protocol: Protocol) -> _Sampling:
     total = max(1, min(_MAX_RUNS, math.ceil(_slice_ms(protocol) / fastest_ms)))
     size = min(total, math.ceil(_GROUP_MS / fastest_ms))
-    return _Sampling(math.ceil(total / size), size)
+    settle = max(1, min(protocol.settle, int(_SETTLE_MS / fastest_ms)))
+    return _Sampling(math.ceil(total / size), size, settle)
 
 
 def _sample_ms(run: Callable[[], object], plan: _Sampling, clock: Clock, prepare: Callable[[], object]) -> float:
-    prepare()
+    for _ in range(plan.settle):
+        prepare()
     undisturbed: list[int] = []
     disturbed: list[int] = []
     switches = _switches()

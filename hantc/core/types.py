@@ -159,7 +159,8 @@ class Device:
 class Protocol:
     """How to time: warm-up, then `samples` interleaved samples of at least `min_sample_ms` each. `cold`: single runs
     instead, before each of which the processor's caches are filled with something else. `cores`: the processors that
-    the threads stay on meanwhile; where the system places them if empty."""
+    the threads stay on meanwhile; where the system places them if empty. `settle`: untimed runs before each sample, of
+    networks that take a few ms at most."""
 
     threads: int
     batch: int = 1
@@ -168,6 +169,7 @@ class Protocol:
     min_sample_ms: float = 3.0
     cold: bool = False
     cores: tuple[int, ...] = ()
+    settle: int = 1
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ class Fetching:
         return (self.free_mb,) if self.steep_mb is None else (self.free_mb, self.steep_mb)
 
     def load_mb(self, weight_mb: float, ms: float) -> float:
-        """The load of regions with so many megabytes of weights that take so many ms as parts."""
+        """The load of regions with so many megabytes of weights that take so many ms: as parts, times the table's
+        `scale`, with what lies between the layers of blocks."""
         return weight_mb + self.mb_per_ms * ms
 
     def ms(self, load_mb: float) -> float:
@@ -266,11 +269,19 @@ class CostTable:
     pinned: bool = False  # whether threads were kept on cores of their own
     clock_ms: float | None = None  # of the reference network, that the table's milliseconds are measured by
     clock_of: str = ""  # which network, and way of timing it, that is
+    method: int | None = None  # version of the way that rows were measured; None before there was this entry
 
     @property
     def reference_ms(self) -> float:
         """What budgets are shares of: the teacher at its best FP32 setting, on GPUs in FP16."""
         return self.teacher_ms if self.fp32_ms is None else self.fp32_ms
+
+    def marginal_ms(self, row: CostRow) -> float:
+        """What a row costs in a network that loads the caches as much as the teacher: its own milliseconds, and those
+        that its load makes the network fetch."""
+        fetching, scale = self.fetching, max(1.0, self.scale)
+        steepest = fetching.ms_per_mb * len(fetching.knees) * self.correction.fetching
+        return row.latency_ms + steepest * fetching.load_mb(row.weight_mb, scale * row.latency_ms) / scale
 
     def by_key(self) -> dict[tuple[str, str, str], CostRow]:
         """Rows by (region, candidate, precision)."""

@@ -78,15 +78,18 @@ def test_without_data_the_faster_form_is_taken(strided: Lab) -> None:
 
 
 def test_the_weights_of_an_exact_form_count(strided: Lab) -> None:
-    """It has 4 MB where the teacher has none, of which the caches hold 1."""
+    """It has 4 MB where the teacher has none, of which the caches hold 1; where they cost more than it gains, the
+    teacher stays."""
     state, ctx = road(strided, whole=0.5)
     assert state.costs is not None
     rows = tuple(replace(r, params=1_000_000 * (r.candidate == "teacher_s2d")) for r in state.costs.rows)
-    held, fetched = (
-        Select._exact(replace(state, costs=replace(state.costs, rows=rows, fetching=f)), ctx).predicted_latency_ms
-        for f in (Fetching(), Fetching(1.0, 0.1))
+    held, fetched, costly = (
+        Select._exact(replace(state, costs=replace(state.costs, rows=rows, fetching=f)), ctx)
+        for f in (Fetching(), Fetching(1.0, 0.001), Fetching(1.0, 0.1))
     )
-    assert fetched == pytest.approx(held + 0.3)
+    assert fetched.predicted_latency_ms == pytest.approx(held.predicted_latency_ms + 0.003)
+    assert "teacher_s2d" in {c.candidate for c in fetched.choices}
+    assert {c.candidate for c in costly.choices} == {"teacher"}
 
 
 def test_what_gained_nothing_as_a_whole_leaves_no_trace(strided: Lab) -> None:

@@ -72,7 +72,7 @@ def test_what_others_do_to_the_caches_is_told_by_the_teacher_beside_the_students
     assert state.costs is not None
     own = [untouched(r.candidate, r.precision) for r in state.costs.rows]
     rows = tuple(replace(r, params=2_000_000 * mine) for r, mine in zip(state.costs.rows, own, strict=True))
-    costs = replace(state.costs, rows=rows, fetching=fetching_for(2.0, 24.0, 48.0, 4.0), teacher_ms=6.5 + 2.0)
+    costs = replace(state.costs, rows=rows, fetching=fetching_for(2.0, 24.0, 24.0, 48.0, 4.0), teacher_ms=6.5 + 2.0)
     state = replace(state, costs=costs)
     problem = make_problem(state, math.inf)
     cheap = solve_diverse(replace(problem, budget=4.6), 4)
@@ -91,7 +91,7 @@ def test_how_much_the_caches_hold_is_told_by_the_students() -> None:
     assert state.costs is not None
     rows = tuple(replace(r, params=4_000_000 if r.candidate == "teacher" else 100_000) for r in state.costs.rows)
     teacher_mb = 3 * 16.0
-    wrong, right = (fetching_for(4.0, held, 2 * teacher_mb, teacher_mb / 6.0) for held in (4.0, 60.0))
+    wrong, right = (fetching_for(4.0, held, teacher_mb, 2 * teacher_mb, teacher_mb / 6.0) for held in (4.0, 60.0))
     state = replace(state, costs=replace(state.costs, rows=rows, fetching=wrong, teacher_ms=10.5))
     assert state.costs is not None
     real = replace(state, costs=replace(state.costs, fetching=right))
@@ -133,15 +133,15 @@ def test_what_the_students_do_not_tell_stays_the_tables() -> None:
     state = wide()
     assert state.costs is not None
     rows = tuple(replace(r, params=2_000_000 if untouched(r.candidate, r.precision) else 0) for r in state.costs.rows)
-    costs = replace(state.costs, rows=rows, fetching=fetching_for(1.4, 20.0, 48.0, 4.0), teacher_ms=6.5 + 1.4)
+    costs = replace(state.costs, rows=rows, fetching=fetching_for(0.8, 20.0, 24.0, 48.0, 4.0), teacher_ms=6.5 + 0.8)
     state = replace(state, costs=costs)
     problem = make_problem(state, math.inf)
     light = [make_plan(state, problem, s) for s in solve_diverse(replace(problem, budget=4.6), 4)]
     light = [p for p in light if load(state, p) <= 20.0]
-    found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 4.0, None, None) for p in light]
+    found = [Evaluated(p, p.predicted_latency_ms, 6.5 + 2.4, None, None) for p in light]
     after = corrected(state, trials(state, found))
     assert found and after.fetching.free_mb == pytest.approx(20.0)
-    assert after.correction.fetching * after.fetching.ms(48.0) == pytest.approx(4.0, rel=0.1)
+    assert after.correction.fetching * after.fetching.ms(48.0) == pytest.approx(2.4, rel=0.1)
 
 
 def test_kinds_that_cost_more_in_networks_are_found() -> None:

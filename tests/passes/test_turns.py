@@ -146,17 +146,30 @@ def test_what_has_no_room_together_is_timed_in_groups(lab: Lab, room: Room, orde
 
 
 def test_where_it_is_late_there_are_two_turns(lab: Lab) -> None:
-    asked: list[int] = []
+    """A second passes each time somebody asks, and a student may take one in a hundred of what is left."""
+    left = 130.0
 
-    def late(done: int) -> bool:
-        asked.append(done)
-        return len(asked) > 2
+    def remaining() -> float:
+        nonlocal left
+        left -= 1.0
+        return left
 
     machine = Recorder()
-    found = timed(lab, machine, STUDENTS, 5, late=late)
-    assert [len(own) for own in found] == [4] * 3 and asked == [3] * 3
-    found = timed(lab, machine, STUDENTS, 5, Room(0.0, 0.0), late=lambda done: done != 2)
-    assert [len(own) for own in found] == [2, 5, 2], "groups have their own share of the time"
+    found = timed(lab, machine, STUDENTS, 5, remaining=remaining)
+    assert [len(own) for own in found] == [5] * 3, "129 seconds are left, 3.87 for all turns"
+    left = 30.0
+    found = timed(lab, machine, STUDENTS, 5, remaining=remaining)
+    assert [len(own) for own in found] == [2] * 3
+    left = 290.0
+    found = timed(lab, machine, STUDENTS, 5, Room(0.0, 0.0), remaining=remaining)
+    assert [len(own) for own in found] == [4, 4, 4], "groups have their own share of the time"
+
+
+def test_no_student_is_told_to_take_nothing() -> None:
+    """A teacher beside it that takes three times its usual time, and a student that goes along with it all the way."""
+    turns = [(1.0 + 1.5 * k / 30, 3.0 + k / 10) for k in range(-5, 6)]
+    assert at_one_state(turns, 1.0, 0.0) == pytest.approx(1 / 9)
+    assert at_one_state(turns, 2.9, 0.0) == pytest.approx(0.95, abs=0.002)
 
 
 class Drifting(Moody):
