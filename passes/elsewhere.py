@@ -34,6 +34,7 @@ def by_backend(teacher: ModelProto, ms: float, ctx: Context) -> dict[str, float]
         for r in (ctx.backend, *ctx.rivals)
         if ctx.capabilities.measures and "bf16" in r.capabilities().precisions
     ]
+    _first = ctx.first_session(teacher) if ways else None
     for name, rival, model in ways:
         try:
             pair = [(b, b.build(m, spec), protocol) for b, m in ((ctx.backend, teacher), (rival, model))]
@@ -47,6 +48,7 @@ def by_threads(teacher: ModelProto, ms: float, ctx: Context) -> dict[str, float]
     """The teacher's latency on the run's threads (`ms`) and on `ctx.fewer_threads`: a small network at a small batch
     may be slower on all of a large machine's cores than on some of them."""
     found = {str(ctx.threads): ms}
+    _first = ctx.first_session(teacher) if ctx.fewer_threads else None
     for threads in ctx.fewer_threads:
         if ctx.clock.remaining() <= 0 or min(found.values()) * _THREADS_NOISE < list(found.values())[-1]:
             break  # once fewer are slower, still fewer are slower yet

@@ -120,7 +120,9 @@ class Meter:
 
     def time(self, models: Sequence[ModelProto], protocol: Protocol | None = None) -> list[Timing]:
         """Time models interleaved with each other and the canary; figures on the canary's first clock."""
-        return self.measure([self.build(m) for m in models], protocol or self.protocol)
+        protocol = protocol or self.protocol
+        _first = self.ctx.first_session(models[0]) if protocol.settle > 1 else None
+        return self.measure([self.build(m) for m in models], protocol)
 
     def build(self, model: ModelProto) -> Artefact:
         """A model as the table's floats run it."""
@@ -132,6 +134,7 @@ class Meter:
         key = self.key(network=digest(model.SerializeToString().hex()), precision="fp32")
         found = self.ctx.store.get_json("network", key)
         if found is None:
+            _first = self.ctx.first_session(model)
             found = asdict(self.measure([self.ctx.backend.build(model, self.build_spec)], self.thorough)[0])
             self.ctx.store.put_json("network", key, found)
         return Timing(**found).median_ms
@@ -149,6 +152,7 @@ class Meter:
 
     def file(self, model: ModelProto, protocol: Protocol) -> Timing:
         """A finished file's latency, overhead included, on the canary's first clock; kept nowhere."""
+        _first = self.ctx.first_session(model)
         return self.measure([self.ctx.backend.build(model, self.build_spec)], protocol)[0]
 
     def _reference(self) -> float:

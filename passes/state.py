@@ -11,7 +11,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, fx, nn
 
-from hantc.core.backend_api import Backend, Capabilities, Deployed
+from hantc.core.backend_api import Artefact, Backend, BuildSpec, Capabilities, Deployed
 from hantc.core.config import CompileConfig, EffortSettings
 from hantc.core.memory import total_memory
 from hantc.core.progress import Reporter
@@ -148,6 +148,14 @@ class Context:
         """How to time, for this run's threads, batch and cores; `whole` networks behind runs in which they settle."""
         settle = _SETTLE if whole else 1
         return Protocol(self.threads, self.config.batch, warmup, samples, min_sample_ms, cold, self.cores, settle)
+
+    def first_session(self, model: ModelProto) -> Artefact | None:
+        """To be kept while sessions built behind it are timed: of a process's sessions of one large network the first
+        was 3 to 15 % slower than all that followed, the more the longer the process had run (its weights lie in what
+        others have left of the heap). None where sessions are not timed, or not on this heap."""
+        if not self.capabilities.measures or self.base == "fp16":
+            return None
+        return self.backend.build(model, BuildSpec(self.threads, self.config.batch))
 
     def place(self, network: nn.Module) -> torch.device:
         """Where a network's candidates and students learn."""

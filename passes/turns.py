@@ -52,7 +52,7 @@ def in_turns(
     each other. No further turn begins (but the second) once a group has taken its share of the `remaining` seconds,
     building it apart; `progress` is told each part of a student that is done."""
     found: list[Turns] = []
-    beside = meter.build(teacher)
+    _first, beside = meter.ctx.first_session(teacher), meter.build(teacher)
     for group in _groups(students, room):
         found += _group(meter, beside, group, protocol, turns, remaining, progress)
     return found

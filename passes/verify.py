@@ -145,6 +145,7 @@ class Verify:
         """Each network in a pair with the first, so that none pushes the others out of the caches; on the clock of
         the first pair."""
         spec = BuildSpec(ctx.threads, ctx.config.batch)
+        _first = ctx.first_session(networks[0])
         artefacts = [ctx.backend.build(m, spec) for m in networks]
         protocol = ctx.protocol(warmup=5, samples=41, min_sample_ms=15.0, whole=True)
         with ctx.reporter.bar(what, 1.0):
