@@ -14,6 +14,7 @@ from hantc.backends.onnxruntime.backend import OnnxRuntimeBackend
 from hantc.core.errors import UsageError
 from hantc.core.lut import compare, merge, read_lut, write_lut
 from hantc.core.types import Fetching, digest
+from hantc.passes.meter import METHOD
 
 if TYPE_CHECKING:
     from tests.conftest import Compiled, Result, Tiny
@@ -206,6 +207,19 @@ def test_tables_without_a_common_region_meet_at_the_whole_teacher(compiled: Comp
     untimed = tuple(replace(r, latency_ms=1e9) if r.candidate == "teacher" else r for r in lut.table.rows)
     first = replace(lut, table=replace(lut.table, rows=untimed, teacher_ms=2 * lut.table.teacher_ms))
     assert compare(first, lut).factor == pytest.approx(2.0)
+
+
+def test_rows_that_were_timed_in_two_ways_are_not_joined(compiled: Compiled, cli: Cli, tmp_path: Path) -> None:
+    """A table of before there were methods can be read, has no load by time, and is told of."""
+    source, other = compiled.folder / "lut.json", tmp_path / "old.json"
+    content = json.loads(source.read_text())
+    assert content.pop("method") == METHOD and content["fetching"].pop("mb_per_ms") >= 0
+    other.write_text(json.dumps(content))
+    table = read_lut(other).table
+    assert table.method is None and table.fetching.mb_per_ms == 0.0
+    result = cli("lut", "merge", source, other, "--out", tmp_path / "c.json")
+    assert result.code == 2 and f"method: {METHOD} in" in result.err and not (tmp_path / "c.json").exists()
+    assert f"method: {METHOD} in" in cli("lut", "diff", source, other).out
 
 
 def test_diff_finds_the_row_that_differs(compiled: Compiled, cli: Cli, tmp_path: Path) -> None:

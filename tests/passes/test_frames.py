@@ -168,3 +168,14 @@ def test_what_no_convolution_reads_has_no_border(lab: Lab) -> None:
     m = Meter(lab.fresh())
     assert m.border((16,)) == 0.0
     assert m.border((3, 8, 8)) == 0.0
+
+
+def test_what_stands_before_wide_tensors_is_light() -> None:
+    """As little as its layout asks for: its weights would push out of the caches those of what is timed."""
+    for channels, groups in ((512, 1), (1280, 1280)):
+        head = frames.frame((channels, 7, 7), (10,), None, 17).head
+        assert head is not None
+        (node,), (weight,) = head.graph.node, head.graph.initializer
+        assert [a.i for a in node.attribute if a.name == "group"] == [groups]
+        assert 4 * np.prod(weight.dims) <= 1.1e6
+        assert [d.dim_value for d in head.graph.output[0].type.tensor_type.shape.dim][1:] == [channels, 7, 7]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hantc.core.types import Correction, CostRow, CostTable, MatchResult
-from hantc.passes.glue import glue_shares, inner_glue, line_of, measure_glue
-from hantc.passes.meter import Meter
-from hantc.passes.program import make_problem
+from hantc.core.types import Correction, CostRow, CostTable, Fetching, MatchResult
+from hantc.passes.glue import glue_shares, inner_glue, line_of, measure_glue, weights_in
+from hantc.passes.meter import Meter, Work
+from hantc.passes.program import make_problem, teachers_footprint
+from hantc.search.problem import evaluate
 from tests.passes.conftest import CLASSES
 from tests.passes.test_program import chain, cost, score, state_of
 
@@ -114,3 +116,34 @@ def test_what_replaces_a_whole_is_rid_of_what_lies_inside() -> None:
     assert price["r00", "cheap"] == pytest.approx(0.2 + 2.0)
     for cover in (("w3",), ("w2", "r02"), ("r00", "r01", "r02")):
         assert problem.fixed_cost + sum(price[name, "teacher"] for name in cover) == pytest.approx(11.0)
+
+
+def test_every_cover_of_the_teacher_loads_the_caches_alike() -> None:
+    """12 MB of weights and 10.5 ms, what lies inside wholes with it: 33 MB, of which the caches hold 10."""
+    match = nested()
+    parts = (*ROWS[:3], cost("w2", "teacher", "fp32", 7.0), cost("w3", "teacher", "fp32", 10.5))
+    rows = tuple(replace(r, params=n * 1_000_000) for r, n in zip(parts, (1, 1, 1, 2, 3), strict=True))
+    table = CostTable(rows, teacher_ms=13.0, glue_ms=5.0, fetching=Fetching(10.0, 0.05, 16.0, 2.0))
+    assert teachers_footprint(match, table) == pytest.approx((12.0, 10.5))
+    scores = tuple(score(r.region, r.candidate, r.precision, 0.0) for r in rows)
+    problem = make_problem(replace(state_of(chain()), match=match, costs=table, scores=scores), math.inf)
+    at = {item.region: k for k, item in enumerate(problem.items)}
+    for cover in (("w3",), ("w2", "r02"), ("r00", "r01", "r02")):
+        assert evaluate(problem, [at[name] for name in cover])[1] == pytest.approx(11.0 + 0.05 * (23.0 + 17.0)), cover
+
+
+class Listening(Meter):
+    """Keeps what it is given to time."""
+
+    def rows(self, work: Sequence[Work], progress: Callable[[float], None] = lambda share: None) -> list[CostRow]:
+        self.given = list(work)
+        return super().rows(work, progress)
+
+
+def test_a_heavy_head_counts_its_own_weights(lab: Lab) -> None:
+    """They decide how many copies of it are timed together."""
+    meter = Listening(lab.fresh())
+    heavy = replace(any_row(lab.costed), params=50_000_000)
+    assert measure_glue(meter, lab.costed, [heavy, *(lab.costed.costs.rows if lab.costed.costs else ())[1:]])
+    assert [w.row.params for w in meter.given] == [weights_in(w.model) for w in meter.given]
+    assert 0 < max(w.row.params for w in meter.given) < 50_000_000

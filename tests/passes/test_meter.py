@@ -155,3 +155,13 @@ def test_heavy_parts_are_timed_in_fewer_copies(lab: Lab, mb: float, copies: int,
     before = len(machine.built)
     assert m.rows([part])[0].latency_ms == pytest.approx(light) == pytest.approx(50.0)
     assert max(machine.built[before:]) // 50 == copies
+
+
+def test_heavy_parts_are_not_timed_as_light_ones_of_their_shapes_are(lab: Lab) -> None:
+    machine = Listing()
+    m = meter(lab, machine)
+    light = work(m, 50)
+    heavy = replace(light, key=m.key(heavy=True), row=replace(light.row, params=1_300_000))
+    before = len(machine.built)
+    assert [r.latency_ms for r in m.rows([light, heavy])] == pytest.approx([50.0, 50.0])
+    assert sorted(n // 50 for n in machine.built[before:] if n >= 50) == [1, 4]

@@ -19,7 +19,7 @@ from hantc.core.types import (
     Shape,
     untouched,
 )
-from hantc.passes.program import make_plan, make_problem
+from hantc.passes.program import make_plan, make_problem, teachers_cost
 from hantc.passes.state import State
 from hantc.search.ilp import solve
 from hantc.search.problem import Border, Item, evaluate
@@ -216,3 +216,14 @@ def test_the_plan_says_what_its_solution_says() -> None:
     assert last.runner_up == "teacher fp32"
     assert plan.solver["items"] == len(problem.items)
     assert plan.solver["optimal"] is True
+
+
+def test_what_the_teacher_takes_as_its_parts() -> None:
+    state = state_of(chain())
+    assert state.costs is not None
+    problem = make_problem(state, 9.0)
+    own = [k for k, i in enumerate(problem.items) if len(i.atoms) == 1 and untouched(i.candidate, i.precision)]
+    assert len(own) == 3 and teachers_cost(problem) == pytest.approx(evaluate(problem, own)[1]) and own
+    rows = tuple(replace(r, latency_ms=1e9) if str(r.region) == "r01" else r for r in state.costs.rows)
+    broken = make_problem(replace(state, costs=replace(state.costs, rows=rows)), 9.0)
+    assert teachers_cost(broken) == 0.0, "the engine does not take one of them alone"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
-from hantc.core.types import CandidateSpec, CostRow, CostTable, Region
+from hantc.core.types import CandidateSpec, CostRow, CostTable, Fetching, Region
 from hantc.passes.shortlist import shortlist
 from hantc.passes.state import Proposal
 
@@ -28,23 +29,36 @@ def choose(
     budget: float = 0.5,
     teacher: tuple[float, ...] = (1.0,),
     whole: bool = False,
+    fetching: Fetching | None = None,
+    params: Mapping[str, int] | None = None,
 ) -> tuple[list[str], Skipped]:
     """`options`: candidate → latency in FP32 (and INT8); a candidate called "c40" has 40 MACs, "identity" none.
     Returns the names of the kept ones and the reasons of the others."""
 
     def rows(name: str, times: tuple[float, ...]) -> list[CostRow]:
         pairs = zip(("fp32", "int8"), times, strict=False)
-        return [CostRow(where, name, p, t, 0.0, 5, "test", "d", 1, 1) for p, t in pairs]
+        size = (params or {}).get(name, 0)
+        return [CostRow(where, name, p, t, 0.0, 5, "test", "d", 1, 1, params=size) for p, t in pairs]
 
     specs = {name: CandidateSpec("identity" if name == "identity" else name) for name in options}
     proposals = [Proposal(where, s, 0 if n == "identity" else int(n[1:]), 0) for n, s in specs.items()]
     table = CostTable(tuple(r for n, t in {"teacher": teacher, **options}.items() for r in rows(n, t)), 1.0, 0.0)
+    table = replace(table, fetching=fetching or Fetching())
     kept, skipped = shortlist(proposals, table, REGIONS, places, budget, whole=whole)
     assert all(p.region == where for p in kept)
     assert {(r, p) for r, _, p, _ in skipped} <= {(where, "*")}
     names = [p.spec.name for p in kept]
     assert sorted(names + [c for _, c, _, _ in skipped]) == sorted(options), "each is kept once or explained once"
     return names, {c: reason for _, c, _, reason in skipped}
+
+
+def test_what_is_lighter_than_the_teacher_saves_what_its_weights_take_to_fetch() -> None:
+    """The teacher's 4 MB cost 0.08 ms where the caches do not hold them, and those of what is no faster a quarter."""
+    options, params = {"c40": (0.98,), "c30": (0.98,)}, {"teacher": 1_000_000, "c40": 250_000, "c30": 1_000_000}
+    names, skipped = choose(options, params=params)
+    assert names == [] and set(skipped) == {"c40", "c30"}
+    names, skipped = choose(options, params=params, fetching=Fetching(1.0, 0.02, 2.0))
+    assert names == ["c40"] and set(skipped) == {"c30"}, "0.98 + 0.04 is below 0.92 of 1 + 0.16, 0.98 + 0.16 is not"
 
 
 def test_what_is_not_clearly_faster_than_the_teacher_is_left_out() -> None:

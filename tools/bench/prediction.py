@@ -8,8 +8,10 @@ them). Then random selections, half of them in FP32, half of mixed precision, ar
 beside the teacher. Which regions change and into what is drawn among the candidates that are not slower than the
 teacher's own region: those that a compilation considers. `before`: the table as measured. `after`: the table corrected
 by `--probes` further random selections, as a compilation corrects it by the students that it times; these are not
-among the selections judged. All students are timed in turns, a little at a time; `measured` is what each takes where
-the teacher beside it takes what it usually did (`hantc.passes.turns`), `as timed` the plain median of its turns. Prints
+among the selections judged, and are spread over what is predicted (a compilation's are near its budget, as is what it
+predicts by them: six that are as heavy as each other say nothing of light ones). All students are timed in turns, a
+little at a time; `measured` is what each takes where the teacher beside it takes what it usually did
+(`hantc.passes.turns`), `as timed` the plain median of its turns. Prints
 a row a model and kind; exit code 1 if after correction a median error of what was `measured` is above 5 %, any above
 15, or a student could not be built.
 """
@@ -48,6 +50,7 @@ from hantc.report.live import RichReporter
 from hantc.search.problem import Problem, Solution, make_solution
 
 MEDIAN, WORST = 0.05, 0.15
+_OF = 4
 
 
 def draw(problem: Problem, rng: np.random.Generator, *, mixed: bool) -> Solution:
@@ -67,6 +70,16 @@ def draw(problem: Problem, rng: np.random.Generator, *, mixed: bool) -> Solution
         picked.append(k)
         atom = max(problem.items[k].atoms) + 1
     return make_solution(problem, picked, optimal=False, gap=math.inf)
+
+
+def spread(problem: Problem, rng: np.random.Generator, mixed: Sequence[bool]) -> list[Solution]:
+    """One random cover for each of `mixed`: of `_OF` times as many of a kind those whose predicted latencies lie an
+    equal number of others apart."""
+    found = []
+    for kind in dict.fromkeys(mixed):
+        many = [draw(problem, rng, mixed=kind) for _ in range(_OF * mixed.count(kind))]
+        found += sorted(many, key=lambda s: s.cost)[_OF // 2 :: _OF]
+    return found
 
 
 def with_weights(state: State, ctx: Context, solutions: Sequence[Solution], problem: Problem) -> State:
@@ -127,7 +140,7 @@ def study(model: str, args: argparse.Namespace, reporter: Reporter) -> tuple[lis
         records: list[dict[str, Any]] = []
         names = {False: "fp32", True: "mixed"}
         drawn = [(names[m], draw(problem, rng, mixed=m)) for m in kinds for _ in range(args.selections // len(kinds))]
-        probes = [draw(problem, rng, mixed=kinds[k % len(kinds)]) for k in range(args.probes)]
+        probes = spread(problem, rng, [kinds[k % len(kinds)] for k in range(args.probes)])
         state = with_weights(state, ctx, [*(s for _, s in drawn), *probes], problem)
         students = written(state, ctx, problem, [*(("probe", s) for s in probes), *drawn])
         plans = [make_plan(state, problem, s) for _, s, _ in students]
